@@ -1,0 +1,9 @@
+//! The data protocol between volume clients and storage daemons.
+//!
+//! `message.rs` has the messages as values, `codec.rs` their bytes (encoder and incremental decoder).
+
+mod codec;
+mod message;
+
+pub use codec::{Decoded, Direction, FrameError, HEADER_LEN, decode, encode_reply, encode_request};
+pub use message::*;
