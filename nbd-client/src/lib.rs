@@ -1,1 +1,2 @@
 //! Placeholder header while the crate is being laid down.
+pub mod engine;
