@@ -1,2 +1,9 @@
-//! Placeholder header while the crate is being laid down.
+//! The volume client of a node: opens volumes, replicates their writes, serves them over NBD.
+//!
+//! - [`engine`]: the volume session, rules R0-R9, sans-IO.
+//! - [`nbd`]: the NBD protocol's server side, sans-IO.
+//!
+//! Architecture invariant: `engine` and `nbd` do no I/O and know neither tokio nor sockets.
+
 pub mod engine;
+pub mod nbd;
