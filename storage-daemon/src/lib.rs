@@ -1,1 +1,7 @@
-//! Placeholder header while the crate is being laid down.
+//! The storage daemon: owns a node's disks, each a crash-safe chunk store served by one thread.
+//!
+//! Layers, each knowing only those before it: `format` (bytes), `store` (one disk), `engine`
+//! (replicas: fencing, admission, rebuild), then the threads and services around them.
+
+pub mod format;
+pub mod store;

@@ -1,0 +1,1 @@
+//! Bytes on a disk (layout and reasons: docs/formats.md, "Disk format").
