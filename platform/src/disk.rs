@@ -7,10 +7,15 @@
 //!   *submitted* after that completion makes it durable.
 //! - A write of one logical sector is atomic at power loss and leaves its neighbours unharmed.
 
+mod file;
+
 use std::io;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
+
+pub(crate) use file::discard_is_unsupported;
+pub use file::{DiskFile, DiskOpenError, OpenOptions};
 
 /// Pairs a completion with its command; chosen by the store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

@@ -1,0 +1,95 @@
+//! A connection: its socket, its state, the operations in flight for it.
+//!
+//! State transitions:
+//!
+//! | from | event | to |
+//! |---|---|---|
+//! | Connecting | connected | Open |
+//! | Connecting, Open | failure, end of stream | Dead (Closed is reported) |
+//! | Connecting, Open | `close` | Dead (nothing is reported) |
+//! | Open | `close_after_send` | Lingering |
+//! | Lingering | end of stream, failure, deadline, `close` | Dead (nothing is reported) |
+//!
+//! Invariant: a connection leaves the reactor's table only when Dead with no operation in flight, so the
+//! buffers and the socket outlive every operation on them.
+
+use std::os::fd::OwnedFd;
+
+use super::input::Input;
+use super::output::Output;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum State {
+    Connecting,
+    Open,
+    /// Sends what is queued, then waits for the peer's end of stream.
+    Lingering,
+    /// Waits for its operations to end.
+    Dead {
+        /// Closed by the consumer: nothing is reported any more.
+        silent: bool,
+    },
+}
+
+pub(super) struct Connection {
+    pub socket: OwnedFd,
+    pub state: State,
+    pub input: Input,
+    pub output: Output,
+    pub connect_in_flight: bool,
+    /// The consumer wants nothing more for now.
+    pub paused: bool,
+    /// The peer's end of stream came while paused.
+    pub ended: bool,
+    /// On the list of connections to look at before the next wait.
+    pub dirty: bool,
+    /// Lingering: everything is sent and the peer has been told.
+    pub finished: bool,
+    /// The socket had more bytes when the last receive ended.
+    pub more: bool,
+}
+
+impl Connection {
+    pub fn new(socket: OwnedFd, state: State, receive_buffer: usize) -> Self {
+        Self {
+            socket,
+            state,
+            input: Input::new(receive_buffer),
+            output: Output::new(),
+            connect_in_flight: false,
+            paused: false,
+            ended: false,
+            dirty: false,
+            finished: false,
+            more: false,
+        }
+    }
+
+    /// Whether the kernel may still use this connection's memory or socket.
+    pub fn in_flight(&self) -> bool {
+        self.connect_in_flight || self.input.in_flight() || self.output.in_flight()
+    }
+
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.state, State::Dead { .. })
+    }
+
+    /// Whether a receive should be started.
+    pub fn wants_input(&self) -> bool {
+        match self.state {
+            State::Open => {
+                !self.paused
+                    && !self.ended
+                    && !self.input.in_flight()
+                    && self.input.received.len() < super::input::INPUT_MAX
+            }
+            State::Lingering => !self.input.in_flight(),
+            State::Connecting | State::Dead { .. } => false,
+        }
+    }
+
+    /// Whether a send should be started.
+    pub fn wants_output(&self) -> bool {
+        matches!(self.state, State::Open | State::Lingering) && self.output.is_ready()
+    }
+}
