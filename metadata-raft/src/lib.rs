@@ -1,1 +1,9 @@
-//! Placeholder header while the crate is being laid down.
+//! The metadata cluster: decides where volumes live, who may write to them and which replicas count.
+//!
+//! - [`model`]: the replicated state machine, pure.
+//!
+//! Architecture invariant: user data never pass through here, and while all replicas of a volume answer,
+//! its I/O does not need this cluster.
+
+
+pub mod model;

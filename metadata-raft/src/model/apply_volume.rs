@@ -1,0 +1,266 @@
+//! Commands about volumes as a whole: create, resize, delete, open, close.
+//!
+//! Rules R0 and R1 of DESIGN section 4: every grant yields a new epoch, and an open makes every
+//! `Rebuilding` replica `Stale`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use ashlar_proto::ids::{ClientId, DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
+
+use super::cluster::PoolSpec;
+use super::command::{Answer, CreateVolume, OpenVolume, Refusal, Response};
+use super::volume::{AttachMode, Attachment, Replica, Volume, share_bytes};
+use super::{State, validate};
+
+impl State {
+    pub(super) fn require_volume(&self, id: VolumeId) -> Result<&Arc<Volume>, Refusal> {
+        self.volumes.get(&id).ok_or_else(|| {
+            Refusal::not_found(format!(
+                "volume {id} does not exist; see `ashlar volume list`"
+            ))
+        })
+    }
+
+    /// The volume that a retried creation would get, or the refusal because the name is taken.
+    pub fn existing_volume(&self, create: &CreateVolume) -> Option<Response> {
+        let existing = self.volume_by_name(&create.name)?;
+        let same = existing.size_bytes == create.size_bytes
+            && existing.pool == create.pool
+            && existing.replicas == create.replicas
+            && existing.min_replicas == create.min_replicas
+            && existing.labels == create.labels;
+        Some(if same {
+            Ok(Answer::Volume(existing.clone()))
+        } else {
+            Err(Refusal::exists(format!(
+                "volume {} exists with another size, pool, replica count or labels; choose another name",
+                create.name
+            )))
+        })
+    }
+
+    pub(super) fn create_volume(&mut self, create: &CreateVolume) -> Response {
+        validate::name("name", &create.name)?;
+        validate::size("size_bytes", create.size_bytes)?;
+        validate::replica_counts(create.replicas, create.min_replicas)?;
+        validate::labels("labels", &create.labels)?;
+        if create.groups.is_empty() || create.groups.len() > validate::GROUPS_MAX {
+            return Err(Refusal::invalid(format!(
+                "groups: must lie between 1 and {}",
+                validate::GROUPS_MAX
+            )));
+        }
+        if let Some(response) = self.existing_volume(create) {
+            return response;
+        }
+        if create.volume.is_nil() || self.volumes.contains_key(&create.volume) {
+            return Err(Refusal::internal("volume_id: not fresh"));
+        }
+        let pool = self.pool(create.pool).ok_or_else(|| {
+            Refusal::not_found("pool: it does not exist (any more); see `ashlar pool list`")
+        })?;
+        self.check_placement(&pool.spec, create)?;
+        let groups = create
+            .groups
+            .iter()
+            .map(|group| group.iter().copied().map(Replica::new_in_sync).collect())
+            .collect();
+        let volume = self.install(Volume {
+            id: create.volume,
+            name: create.name.clone(),
+            size_bytes: create.size_bytes,
+            pool: create.pool,
+            replicas: create.replicas,
+            min_replicas: create.min_replicas,
+            groups,
+            epoch: Epoch(0),
+            holder: None,
+            clean: true,
+            opened_once: false,
+            snapshot: SnapshotNumber(0),
+            revision: 0,
+            created_unix_ms: create.created_unix_ms,
+            labels: create.labels.clone(),
+        })?;
+        Ok(Answer::Volume(volume))
+    }
+
+    /// The leader's placement against the state that it is applied to.
+    fn check_placement(&self, spec: &PoolSpec, create: &CreateVolume) -> Result<(), Refusal> {
+        for group in &create.groups {
+            if group.len() != usize::from(create.replicas) {
+                return Err(Refusal::internal("placement: wrong number of replicas"));
+            }
+            let mut domains = BTreeSet::new();
+            for &disk in group {
+                self.check_disk(spec, disk)?;
+                let domain = self.domain_of(spec.failure_domain, disk);
+                if !domain.is_some_and(|d| domains.insert(d)) {
+                    return Err(Refusal::precondition(
+                        "placement: two replicas would share a failure domain (the cluster changed meanwhile); try again",
+                    ));
+                }
+            }
+        }
+        let share = share_bytes(create.size_bytes, create.groups.len());
+        let additions = create.groups.iter().flatten().map(|d| (*d, share));
+        self.check_room(spec, additions)
+    }
+
+    /// Whether a disk exists and belongs to the pool.
+    pub(super) fn check_disk(&self, spec: &PoolSpec, id: DiskId) -> Result<(), Refusal> {
+        let Some(disk) = self.disk(id) else {
+            return Err(Refusal::not_found(format!(
+                "disk {id} does not exist; see `ashlar disk list`"
+            )));
+        };
+        if !self
+            .node(disk.node)
+            .is_some_and(|node| spec.selects(disk, node))
+        {
+            return Err(Refusal::precondition(format!(
+                "disk {id} does not belong to the volume's pool"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether the disks may be given more provisioned bytes under the pool's limit.
+    pub(super) fn check_room(
+        &self,
+        spec: &PoolSpec,
+        additions: impl Iterator<Item = (DiskId, u64)>,
+    ) -> Result<(), Refusal> {
+        let mut sums = std::collections::BTreeMap::<DiskId, u64>::new();
+        for (disk, bytes) in additions {
+            let sum = sums.entry(disk).or_default();
+            *sum = sum.saturating_add(bytes);
+        }
+        for (disk, bytes) in sums {
+            let Some(capacity) = self.disk(disk).map(|d| d.capacity_bytes) else {
+                continue;
+            };
+            let provisioned = self.disk_use(disk).provisioned_bytes;
+            let limit = spec.provision_limit(capacity);
+            if provisioned.saturating_add(bytes) > limit {
+                return Err(Refusal::exhausted(format!(
+                    "disk {disk} has {provisioned} of at most {limit} bytes provisioned, {bytes} more do not fit; \
+                     add disks to the pool, ask for less, or raise the pool's over-provisioning"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn resize_volume(&mut self, id: VolumeId, size_bytes: u64) -> Response {
+        validate::size("size_bytes", size_bytes)?;
+        let volume = self.require_volume(id)?.clone();
+        if size_bytes < volume.size_bytes {
+            return Err(Refusal::invalid(format!(
+                "size_bytes: volume {} has {} bytes, and volumes only grow",
+                volume.name, volume.size_bytes
+            )));
+        }
+        if size_bytes == volume.size_bytes {
+            return Ok(Answer::Volume(volume));
+        }
+        let more =
+            share_bytes(size_bytes, volume.groups.len()).saturating_sub(volume.share_bytes());
+        if let Some(pool) = self.pool(volume.pool) {
+            self.check_room(
+                &pool.spec,
+                volume.all_replicas().map(|(_, r)| (r.disk, more)),
+            )?;
+        }
+        let mut next = Volume::clone(&volume);
+        next.size_bytes = size_bytes;
+        Ok(Answer::Volume(self.install(next)?))
+    }
+
+    pub(super) fn delete_volume(&mut self, id: VolumeId) -> Response {
+        let Some(volume) = self.volumes.get(&id).cloned() else {
+            return Ok(Answer::Done);
+        };
+        if let Some(holder) = &volume.holder {
+            return Err(Refusal::precondition(format!(
+                "volume {} is attached by {}; detach it first",
+                volume.name, holder.client_name
+            )));
+        }
+        self.uninstall(&volume);
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn open_volume(&mut self, open: &OpenVolume) -> Response {
+        validate::text("client_name", &open.client_name)?;
+        if open.client.is_nil() {
+            return Err(Refusal::invalid("client_id: must not be zero"));
+        }
+        let volume = self.require_volume(open.volume)?;
+        if let Some(holder) = &volume.holder
+            && holder.client != open.client
+            && !open.force
+        {
+            return Err(Refusal::precondition(format!(
+                "volume {} is attached by {} ({}); detach it there, or take it over by force if that client is gone",
+                volume.name, holder.client_name, holder.client
+            )));
+        }
+        let previous_clean = volume.clean;
+        let mut next = Volume::clone(volume);
+        for replica in next.groups.iter_mut().flatten() {
+            if replica.state == ReplicaState::Rebuilding {
+                replica.state = ReplicaState::Stale;
+                replica.rebuild_epoch = Epoch(0);
+            }
+        }
+        next.bump_epoch();
+        next.holder = Some(Attachment {
+            client: open.client,
+            node: open.node,
+            client_name: open.client_name.clone(),
+            mode: AttachMode::Exclusive,
+            epoch: next.epoch,
+        });
+        next.clean = false;
+        next.opened_once = true;
+        Ok(Answer::Opened {
+            volume: self.install(next)?,
+            previous_clean,
+        })
+    }
+
+    pub(super) fn close_volume(
+        &mut self,
+        id: VolumeId,
+        client: ClientId,
+        epoch: Epoch,
+        clean: bool,
+    ) -> Response {
+        let volume = self.require_volume(id)?;
+        if !volume.is_current(client, epoch) {
+            return Err(not_current(volume, client, epoch));
+        }
+        let mut next = Volume::clone(volume);
+        next.holder = None;
+        next.clean = clean;
+        Ok(Answer::Volume(self.install(next)?))
+    }
+}
+
+/// The refusal of R0: names what is current.
+fn not_current(volume: &Volume, client: ClientId, epoch: Epoch) -> Refusal {
+    let holder = volume.holder.as_ref();
+    let reason = match holder {
+        Some(h) if h.client == client => {
+            format!(
+                "epoch {} is not current, {} is: read the volume and ask again",
+                epoch.0, volume.epoch.0
+            )
+        }
+        Some(h) => format!("it is held by {} ({}) now", h.client_name, h.client),
+        None => "nobody holds it now".to_owned(),
+    };
+    Refusal::precondition(format!("volume {}: {reason}", volume.name))
+}

@@ -1,0 +1,258 @@
+//! Commands of the replicated log and their answers.
+//!
+//! Invariants:
+//! - A command carries everything that its effect depends on (identities, times, placements): apply
+//!   draws nothing itself.
+//! - Variants and fields are only appended; a change of meaning takes a new log version (`raft::codec`).
+
+use std::sync::Arc;
+
+use ashlar_proto::ids::{
+    ClientId, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, PoolId, ReplicaState,
+    VolumeId,
+};
+use serde::{Deserialize, Serialize};
+
+use super::cluster::{Disk, Labels, Node, Pool, PoolSpec};
+use super::volume::Volume;
+
+/// Identifies a request: a retry with the same id gets the same answer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct RequestKey(pub [u8; 16]);
+
+impl RequestKey {
+    /// A fresh random key.
+    pub fn generate() -> Self {
+        Self(uuid::Uuid::new_v4().into_bytes())
+    }
+}
+
+/// One mutation.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Command {
+    /// Names the request, for retries.
+    pub request: RequestKey,
+    /// What to do.
+    pub operation: Operation,
+}
+
+/// What a command does.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Operation {
+    /// Gives the cluster its identity, once.
+    InitializeCluster(ClusterId),
+    /// Adds a node or replaces what is known of it.
+    RegisterNode(Node),
+    /// Adds a disk or replaces what is known of it.
+    RegisterDisk(Disk),
+    /// Forgets a disk without replicas.
+    RemoveDisk(DiskId),
+    /// Creates a pool.
+    CreatePool(Pool),
+    /// Replaces a pool's specification.
+    UpdatePool {
+        /// The pool's name.
+        name: String,
+        /// The new specification.
+        spec: PoolSpec,
+    },
+    /// Deletes a pool without volumes, by name.
+    DeletePool(String),
+    /// Creates a volume on disks that the leader has chosen.
+    CreateVolume(CreateVolume),
+    /// Grows a volume.
+    ResizeVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// New size, a multiple of 4096.
+        size_bytes: u64,
+    },
+    /// Deletes a detached volume.
+    DeleteVolume(VolumeId),
+    /// Grants a new epoch (R1).
+    OpenVolume(OpenVolume),
+    /// Ends an attachment.
+    CloseVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// The holder.
+        client: ClientId,
+        /// The current epoch.
+        epoch: Epoch,
+        /// Drained and flushed on every in-sync replica.
+        clean: bool,
+    },
+    /// The holder changes states of replicas (R0, R4, R7).
+    ChangeReplicas(ChangeReplicas),
+    /// The repair loop (or an operator) starts rebuilds (R7).
+    BeginRebuild {
+        /// The volume.
+        volume: VolumeId,
+        /// The epoch that the decision was made under; must be current.
+        epoch: Epoch,
+        /// Stale replicas that become `Rebuilding`.
+        replicas: Vec<(GroupIndex, DiskId)>,
+    },
+    /// Moves every replica of a volume on one disk to another.
+    MoveReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// The disk to leave.
+        from: DiskId,
+        /// The disk to move to.
+        to: DiskId,
+    },
+    /// Replicas whose data are gone from their former disks need no reminder any more.
+    ForgetGarbage(Vec<(DiskId, VolumeId)>),
+}
+
+/// See [`Operation::CreateVolume`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CreateVolume {
+    /// Identity of the new volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size, a multiple of 4096.
+    pub size_bytes: u64,
+    /// Its pool.
+    pub pool: PoolId,
+    /// Replicas per group.
+    pub replicas: u8,
+    /// Fewest in-sync replicas with which writes are acknowledged.
+    pub min_replicas: u8,
+    /// Disks of each group.
+    pub groups: Vec<Vec<DiskId>>,
+    /// Labels.
+    pub labels: Labels,
+    /// The leader's clock.
+    pub created_unix_ms: u64,
+}
+
+/// See [`Operation::OpenVolume`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpenVolume {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The client that will hold it.
+    pub client: ClientId,
+    /// Its node, or NIL.
+    pub node: NodeId,
+    /// For people.
+    pub client_name: String,
+    /// Take over from another holder.
+    pub force: bool,
+}
+
+/// See [`Operation::ChangeReplicas`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ChangeReplicas {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The holder.
+    pub client: ClientId,
+    /// The current epoch.
+    pub epoch: Epoch,
+    /// Applied all or none.
+    pub changes: Vec<ReplicaChange>,
+}
+
+/// The new state of one replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReplicaChange {
+    /// Its group.
+    pub group: GroupIndex,
+    /// Its disk.
+    pub disk: DiskId,
+    /// The new state.
+    pub state: ReplicaState,
+    /// Recorded when the state is `InSync`.
+    pub incarnation: Incarnation,
+}
+
+/// Result of a command that was understood.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// Nothing to report.
+    Done,
+    /// The node as registered.
+    Node(Node),
+    /// The disk as registered.
+    Disk(Disk),
+    /// The pool.
+    Pool(Pool),
+    /// The volume after the command.
+    Volume(Arc<Volume>),
+    /// The volume was granted to the client.
+    Opened {
+        /// With the new epoch.
+        volume: Arc<Volume>,
+        /// No reconcile and no lease wait are needed.
+        previous_clean: bool,
+    },
+    /// Answer to [`Operation::ChangeReplicas`] and [`Operation::BeginRebuild`].
+    Changed {
+        /// False: refused, nothing changed.
+        applied: bool,
+        /// The current state.
+        volume: Arc<Volume>,
+        /// Why it was refused.
+        reason: String,
+    },
+}
+
+/// Why a command was refused, as the gRPC codes of `metadata.proto`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum RefusalCode {
+    /// A field is out of range.
+    InvalidArgument,
+    /// No such thing.
+    NotFound,
+    /// The name is taken by something with other arguments.
+    AlreadyExists,
+    /// State or epoch does not allow it.
+    FailedPrecondition,
+    /// No room.
+    ResourceExhausted,
+    /// An invariant would have been broken: a bug; nothing was changed.
+    Internal,
+}
+
+/// A refused command: nothing changed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Kind.
+    pub code: RefusalCode,
+    /// For people: what is wrong and what to do.
+    pub message: String,
+}
+
+macro_rules! refusal_constructors {
+    ($($(#[$doc:meta])* $name:ident => $code:ident),*) => {
+        impl Refusal {
+            $($(#[$doc])*
+            pub fn $name(message: impl Into<String>) -> Self {
+                Self { code: RefusalCode::$code, message: message.into() }
+            })*
+        }
+    };
+}
+
+refusal_constructors! {
+    /// A field is out of range.
+    invalid => InvalidArgument,
+    /// No such thing.
+    not_found => NotFound,
+    /// Taken.
+    exists => AlreadyExists,
+    /// Not allowed now.
+    precondition => FailedPrecondition,
+    /// No room.
+    exhausted => ResourceExhausted,
+    /// A bug.
+    internal => Internal
+}
+
+/// What apply answers.
+pub type Response = Result<Answer, Refusal>;

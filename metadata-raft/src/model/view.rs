@@ -1,0 +1,128 @@
+//! The state as the messages of `metadata.proto`, for the service and for the simulator.
+
+use ashlar_proto::ids::{DiskId, ReplicaState};
+use ashlar_proto::rpc::metadata as pb;
+
+use super::State;
+use super::cluster::{FailureDomain, Pool, PoolSpec};
+use super::volume::{AttachMode, Attachment, Replica, Volume};
+
+/// A volume.
+pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
+    pb::Volume {
+        volume_id: volume.id.to_vec(),
+        name: volume.name.clone(),
+        size_bytes: volume.size_bytes,
+        pool: state
+            .pool(volume.pool)
+            .map(|p| p.name.clone())
+            .unwrap_or_default(),
+        replicas: u32::from(volume.replicas),
+        min_replicas: u32::from(volume.min_replicas),
+        groups: volume
+            .groups
+            .iter()
+            .map(|g| pb::Group {
+                replicas: g.iter().map(replica).collect(),
+            })
+            .collect(),
+        epoch: volume.epoch.0,
+        holder: volume.holder.as_ref().map(attachment),
+        clean: volume.clean,
+        opened_once: volume.opened_once,
+        snapshot_number: volume.snapshot.0,
+        revision: volume.revision,
+        created_unix_ms: volume.created_unix_ms,
+        labels: volume.labels.clone().into_iter().collect(),
+    }
+}
+
+fn replica(replica: &Replica) -> pb::Replica {
+    pb::Replica {
+        disk_id: replica.disk.to_vec(),
+        state: match replica.state {
+            ReplicaState::Stale => pb::ReplicaState::Stale,
+            ReplicaState::Rebuilding => pb::ReplicaState::Rebuilding,
+            ReplicaState::InSync => pb::ReplicaState::InSync,
+        }
+        .into(),
+        incarnation: replica.incarnation.0,
+        rebuild_epoch: replica.rebuild_epoch.0,
+    }
+}
+
+fn attachment(attachment: &Attachment) -> pb::Attachment {
+    pb::Attachment {
+        client_id: attachment.client.to_vec(),
+        node_id: attachment.node.to_vec(),
+        client_name: attachment.client_name.clone(),
+        mode: match attachment.mode {
+            AttachMode::Exclusive => pb::AttachMode::Exclusive,
+        }
+        .into(),
+        epoch: attachment.epoch.0,
+    }
+}
+
+/// Where the disks of a volume are reached; `alive` is the leader's belief.
+pub fn endpoints(
+    state: &State,
+    volume: &Volume,
+    alive: impl Fn(DiskId) -> bool,
+) -> Vec<pb::DiskEndpoint> {
+    volume
+        .disks()
+        .into_iter()
+        .filter_map(|id| {
+            let disk = state.disk(id)?;
+            Some(pb::DiskEndpoint {
+                disk_id: id.to_vec(),
+                node_id: disk.node.to_vec(),
+                data_address: disk.data_address.clone(),
+                incarnation: disk.incarnation.0,
+                alive: alive(id),
+            })
+        })
+        .collect()
+}
+
+/// A pool's specification.
+pub fn pool_spec(spec: &PoolSpec) -> pb::PoolSpec {
+    pb::PoolSpec {
+        selector: spec.selector.clone().into_iter().collect(),
+        replicas: u32::from(spec.replicas),
+        failure_domain: match spec.failure_domain {
+            FailureDomain::Node => pb::FailureDomain::Node,
+            FailureDomain::Zone => pb::FailureDomain::Zone,
+            FailureDomain::Disk => pb::FailureDomain::Disk,
+        }
+        .into(),
+        overprovision_percent: spec.overprovision_percent,
+    }
+}
+
+/// A pool; `used` gives a disk's used bytes from heartbeats.
+pub fn pool(state: &State, pool: &Pool, used: impl Fn(DiskId) -> u64) -> pb::Pool {
+    let usage = state.pool_use(pool.id);
+    let mut message = pb::Pool {
+        pool_id: pool.id.to_vec(),
+        name: pool.name.clone(),
+        spec: Some(pool_spec(&pool.spec)),
+        disk_count: 0,
+        capacity_bytes: 0,
+        used_bytes: 0,
+        provisioned_bytes: usage.provisioned_bytes,
+        volume_count: usage.volumes,
+    };
+    for disk in state.disks() {
+        if state
+            .node(disk.node)
+            .is_some_and(|node| pool.spec.selects(disk, node))
+        {
+            message.disk_count += 1;
+            message.capacity_bytes += disk.capacity_bytes;
+            message.used_bytes += used(disk.id);
+        }
+    }
+    message
+}

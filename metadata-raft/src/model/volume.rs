@@ -1,0 +1,159 @@
+//! Volumes, their replica groups and their holder.
+//!
+//! Invariants (checked by `invariants`):
+//! - every group has a replica `InSync`, and no disk twice;
+//! - `rebuild_epoch` is the volume's epoch while a replica is `Rebuilding`, else 0 (R7: any open or
+//!   configuration change sets a new e for every rebuild of the volume, also because a fence belongs to
+//!   (disk, volume) and not to a group);
+//! - a replica that is `leaving` has its successor in the same group.
+
+use ashlar_proto::ids::{
+    CHUNK_SIZE, ClientId, DiskId, Epoch, Incarnation, NodeId, PoolId, ReplicaState, SnapshotNumber,
+    VolumeId,
+};
+use serde::{Deserialize, Serialize};
+
+use super::cluster::Labels;
+
+/// One replica of a group.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Replica {
+    /// The disk that holds it.
+    pub disk: DiskId,
+    /// Its state.
+    pub state: ReplicaState,
+    /// The store's incarnation when the replica was last promoted; 0: new.
+    pub incarnation: Incarnation,
+    /// Epoch e of R7 while `Rebuilding`, else 0.
+    pub rebuild_epoch: Epoch,
+    /// The disk whose replica takes this one's place once it is `InSync` (a move in progress).
+    pub leaving_for: Option<DiskId>,
+}
+
+impl Replica {
+    /// A replica of a new volume: there is nothing that it could have missed.
+    pub fn new_in_sync(disk: DiskId) -> Self {
+        Self {
+            disk,
+            state: ReplicaState::InSync,
+            incarnation: Incarnation(0),
+            rebuild_epoch: Epoch(0),
+            leaving_for: None,
+        }
+    }
+
+    /// A replica that holds nothing yet.
+    pub fn new_stale(disk: DiskId) -> Self {
+        Self {
+            state: ReplicaState::Stale,
+            ..Self::new_in_sync(disk)
+        }
+    }
+}
+
+/// A replica group: chunk `c` belongs to group `c mod groups`.
+pub type Group = Vec<Replica>;
+
+/// How a client holds a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum AttachMode {
+    /// The only client.
+    Exclusive,
+}
+
+/// The client to which the volume's epoch was granted.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The client process.
+    pub client: ClientId,
+    /// Its node; NIL where it is not on a registered node.
+    pub node: NodeId,
+    /// For people.
+    pub client_name: String,
+    /// How it holds the volume.
+    pub mode: AttachMode,
+    /// The epoch granted at open.
+    pub epoch: Epoch,
+}
+
+/// A volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Volume {
+    /// Identity.
+    pub id: VolumeId,
+    /// Unique name.
+    pub name: String,
+    /// A multiple of 4096.
+    pub size_bytes: u64,
+    /// The pool it was placed in.
+    pub pool: PoolId,
+    /// Replicas per group that it was created with.
+    pub replicas: u8,
+    /// Fewest in-sync replicas with which writes are acknowledged.
+    pub min_replicas: u8,
+    /// Replica groups, never empty.
+    pub groups: Vec<Group>,
+    /// Epoch of this configuration; 0 before the first open.
+    pub epoch: Epoch,
+    /// Who holds it.
+    pub holder: Option<Attachment>,
+    /// The last close was clean (R2); true before the first open.
+    pub clean: bool,
+    /// Some holder was ever granted.
+    pub opened_once: bool,
+    /// Number that new writes carry.
+    pub snapshot: SnapshotNumber,
+    /// Grows with every change of the volume.
+    pub revision: u64,
+    /// When the leader planned it.
+    pub created_unix_ms: u64,
+    /// Labels given by the user.
+    pub labels: Labels,
+}
+
+impl Volume {
+    /// Bytes that one replica of one group may come to hold.
+    pub fn share_bytes(&self) -> u64 {
+        share_bytes(self.size_bytes, self.groups.len())
+    }
+
+    /// Every replica with its group's index.
+    pub fn all_replicas(&self) -> impl Iterator<Item = (usize, &Replica)> {
+        self.groups
+            .iter()
+            .enumerate()
+            .flat_map(|(g, group)| group.iter().map(move |r| (g, r)))
+    }
+
+    /// Every disk of the volume, ascending, each once.
+    pub fn disks(&self) -> Vec<DiskId> {
+        let mut disks: Vec<_> = self.all_replicas().map(|(_, r)| r.disk).collect();
+        disks.sort_unstable();
+        disks.dedup();
+        disks
+    }
+
+    /// Makes `epoch + 1` the configuration's epoch; rebuilds in progress start over under it (R7).
+    pub(super) fn bump_epoch(&mut self) {
+        self.epoch = Epoch(self.epoch.0 + 1);
+        for replica in self.groups.iter_mut().flatten() {
+            if replica.state == ReplicaState::Rebuilding {
+                replica.rebuild_epoch = self.epoch;
+            }
+        }
+    }
+
+    /// Whether `client` holds the volume and `epoch` is current (R0).
+    pub fn is_current(&self, client: ClientId, epoch: Epoch) -> bool {
+        self.epoch == epoch && self.holder.as_ref().is_some_and(|h| h.client == client)
+    }
+}
+
+/// Bytes of a volume of `size_bytes` that one of `groups` groups covers, rounded up to whole chunks
+/// (but not above the volume's size).
+pub fn share_bytes(size_bytes: u64, groups: usize) -> u64 {
+    let chunks = size_bytes
+        .div_ceil(CHUNK_SIZE)
+        .div_ceil((groups as u64).max(1));
+    (chunks * CHUNK_SIZE).min(size_bytes)
+}
