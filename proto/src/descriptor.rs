@@ -2,7 +2,7 @@
 //! rebuilt from the disks alone, and the configuration of a holder is durable before it is relied on.
 //!
 //! Invariants:
-//! - The byte form is fixed little-endian (docs/formats.md), independent of struct layout.
+//! - The byte form is fixed little-endian (docs/protocol.md), independent of struct layout.
 //! - `epoch` is the configuration's epoch: a replica never replaces a descriptor by one of a lower epoch.
 
 use crate::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
@@ -35,4 +35,130 @@ pub struct VolumeDescriptor {
     pub groups: Vec<Vec<ReplicaDescriptor>>,
     /// Name given by the user, at most 128 bytes of UTF-8.
     pub name: String,
+}
+
+/// Version of the byte form.
+const FORMAT_VERSION: u8 = 1;
+/// Longest name, in bytes.
+pub const MAX_NAME: usize = 128;
+/// Most replica groups of a volume.
+pub const MAX_GROUPS: usize = 256;
+/// Most replicas of a group, those that are being moved included.
+pub const MAX_REPLICAS: usize = 8;
+/// Most snapshots named in one descriptor.
+pub const MAX_SNAPSHOTS: usize = 4096;
+
+/// Bytes that are not a descriptor: what is wrong with them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("malformed volume descriptor: {0}")]
+pub struct DescriptorError(pub &'static str);
+
+impl VolumeDescriptor {
+    /// Appends the byte form (docs/protocol.md, "Volume descriptor"); it has no checksum of its own, its
+    /// container has one.
+    ///
+    /// # Panics
+    /// If a list is longer than its limit, which the constructor of the volume must prevent.
+    pub fn encode(&self, out: &mut impl bytes::BufMut) {
+        assert!(self.name.len() <= MAX_NAME && self.groups.len() <= MAX_GROUPS);
+        assert!(self.snapshots.len() <= MAX_SNAPSHOTS);
+        out.put_u8(FORMAT_VERSION);
+        out.put_slice(&self.volume.0);
+        out.put_u64_le(self.epoch.0);
+        out.put_u64_le(self.size_bytes);
+        out.put_u8(self.min_replicas);
+        out.put_u32_le(self.snapshot.0);
+        out.put_u16_le(self.snapshots.len() as u16);
+        for snapshot in &self.snapshots {
+            out.put_u32_le(snapshot.0);
+        }
+        out.put_u16_le(self.groups.len() as u16);
+        for group in &self.groups {
+            assert!(group.len() <= MAX_REPLICAS);
+            out.put_u8(group.len() as u8);
+            for replica in group {
+                out.put_slice(&replica.disk.0);
+                out.put_u8(replica.state as u8);
+            }
+        }
+        out.put_u8(self.name.len() as u8);
+        out.put_slice(self.name.as_bytes());
+    }
+
+    /// Reads the byte form; every byte must belong to it.
+    ///
+    /// # Errors
+    /// Truncated or trailing bytes, a list beyond its limit, an unknown state or version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DescriptorError> {
+        let mut reader = Reader(bytes);
+        if reader.take::<1>()?[0] != FORMAT_VERSION {
+            return Err(DescriptorError("version"));
+        }
+        let volume = VolumeId(reader.take()?);
+        let epoch = Epoch(u64::from_le_bytes(reader.take()?));
+        let size_bytes = u64::from_le_bytes(reader.take()?);
+        let min_replicas = reader.take::<1>()?[0];
+        let snapshot = SnapshotNumber(u32::from_le_bytes(reader.take()?));
+        let count = reader.count(MAX_SNAPSHOTS)?;
+        let mut snapshots = Vec::new();
+        for _ in 0..count {
+            snapshots.push(SnapshotNumber(u32::from_le_bytes(reader.take()?)));
+        }
+        let count = reader.count(MAX_GROUPS)?;
+        let mut groups = Vec::new();
+        for _ in 0..count {
+            let replicas = usize::from(reader.take::<1>()?[0]);
+            if replicas > MAX_REPLICAS {
+                return Err(DescriptorError("number of replicas"));
+            }
+            let mut group = Vec::with_capacity(replicas);
+            for _ in 0..replicas {
+                let disk = DiskId(reader.take()?);
+                let state = ReplicaState::from_u8(reader.take::<1>()?[0])
+                    .ok_or(DescriptorError("replica state"))?;
+                group.push(ReplicaDescriptor { disk, state });
+            }
+            groups.push(group);
+        }
+        let length = usize::from(reader.take::<1>()?[0]);
+        if length > MAX_NAME || reader.0.len() != length {
+            return Err(DescriptorError("length of the name"));
+        }
+        let name = std::str::from_utf8(reader.0)
+            .map_err(|_| DescriptorError("name is not UTF-8"))?
+            .to_owned();
+        Ok(Self {
+            volume,
+            epoch,
+            size_bytes,
+            min_replicas,
+            snapshot,
+            snapshots,
+            groups,
+            name,
+        })
+    }
+}
+
+/// Takes fixed-size fields off a slice.
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], DescriptorError> {
+        let (head, rest) = self
+            .0
+            .split_first_chunk::<N>()
+            .ok_or(DescriptorError("truncated"))?;
+        self.0 = rest;
+        Ok(*head)
+    }
+
+    fn count(&mut self, limit: usize) -> Result<usize, DescriptorError> {
+        let count = usize::from(u16::from_le_bytes(self.take()?));
+        if count > limit {
+            Err(DescriptorError("length of a list"))
+        } else {
+            Ok(count)
+        }
+    }
 }

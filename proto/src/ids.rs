@@ -90,12 +90,16 @@ uuid_newtype!(/// One run of one client process (nbd-client): a new id after eve
 
 /// Granted by Raft; strictly increasing per volume. A request with a lower epoch than the replica's
 /// fence is refused.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct Epoch(pub u64);
 
 /// Drawn by the holder from one counter per volume when a request arrives. Sequences start at 1 in
 /// every epoch; only the pair with the epoch is unique.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct Sequence(pub u64);
 
 /// Which data is newer: ordered by epoch, then sequence.
@@ -115,7 +119,10 @@ impl Version {
 
     /// A version from its two raw numbers.
     pub const fn new(epoch: u64, sequence: u64) -> Self {
-        Self { epoch: Epoch(epoch), sequence: Sequence(sequence) }
+        Self {
+            epoch: Epoch(epoch),
+            sequence: Sequence(sequence),
+        }
     }
 
     /// Whether this is [`Version::ZERO`].
@@ -138,20 +145,28 @@ impl fmt::Display for Version {
 
 /// A life of a store: changes when acknowledged data may have been lost (the machine rebooted, the
 /// store was recreated or found damaged), not when only the process restarted. 0 means "unknown".
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct Incarnation(pub u64);
 
 /// The number of a snapshot layer: writes carry the volume's current number, a read asks for the
 /// newest layer at or below a number. The head of a volume without snapshots is layer 0.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct SnapshotNumber(pub u32);
 
 /// Index of a chunk within its volume (byte offset / 4 MiB).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct ChunkIndex(pub u32);
 
 /// Index of a replica group within its volume: chunk `c` belongs to group `c mod S`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,
+)]
 pub struct GroupIndex(pub u32);
 
 /// Pairs a reply with its request on one connection. Unique per connection, chosen by the requester.

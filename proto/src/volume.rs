@@ -87,7 +87,12 @@ impl VolumeView {
                 .groups
                 .iter()
                 .map(|g| {
-                    g.iter().map(|r| ReplicaDescriptor { disk: r.disk, state: r.state }).collect()
+                    g.iter()
+                        .map(|r| ReplicaDescriptor {
+                            disk: r.disk,
+                            state: r.state,
+                        })
+                        .collect()
                 })
                 .collect(),
             name: self.name.clone(),
@@ -128,17 +133,27 @@ impl VolumeView {
             let node = NodeId::from_slice(&d.node_id).unwrap_or_default();
             endpoints.insert(
                 disk,
-                DiskEndpoint { disk, node, address: d.data_address.clone(), alive: d.alive },
+                DiskEndpoint {
+                    disk,
+                    node,
+                    address: d.data_address.clone(),
+                    alive: d.alive,
+                },
             );
         }
         Ok(Self {
             volume: VolumeId::from_slice(&volume.volume_id).ok_or(bad("volume_id"))?,
             name: volume.name.clone(),
             size_bytes: volume.size_bytes,
-            min_replicas: u8::try_from(volume.min_replicas).map_err(|_| bad("min_replicas"))?.max(1),
+            min_replicas: u8::try_from(volume.min_replicas)
+                .map_err(|_| bad("min_replicas"))?
+                .max(1),
             groups,
             epoch: Epoch(volume.epoch),
-            holder: volume.holder.as_ref().and_then(|h| ClientId::from_slice(&h.client_id)),
+            holder: volume
+                .holder
+                .as_ref()
+                .and_then(|h| ClientId::from_slice(&h.client_id)),
             opened_once: volume.opened_once,
             snapshot: SnapshotNumber(volume.snapshot_number),
             revision: volume.revision,

@@ -1,4 +1,4 @@
-//! The messages of the data protocol, as values. Their bytes are in `codec.rs`; docs/formats.md has
+//! The messages of the data protocol, as values. Their bytes are in `codec.rs`; docs/protocol.md has
 //! the layout.
 //!
 //! Invariants:

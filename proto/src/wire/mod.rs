@@ -3,7 +3,10 @@
 //! `message.rs` has the messages as values, `codec.rs` their bytes (encoder and incremental decoder).
 
 mod codec;
+mod fields;
 mod message;
 
-pub use codec::{Decoded, Direction, FrameError, HEADER_LEN, decode, encode_reply, encode_request};
+pub use codec::{
+    Decoded, Direction, FrameError, HEADER_LEN, MAGIC, decode, encode_reply, encode_request,
+};
 pub use message::*;
