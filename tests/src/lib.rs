@@ -1,1 +1,3 @@
-//! Placeholder header while the crate is being laid down.
+//! Simulation and end-to-end tests of Ashlar: what they share.
+
+pub mod sim;
