@@ -8,7 +8,9 @@
 
 use std::time::Duration;
 
-use ashlar_proto::ids::{ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState, VolumeId};
+use ashlar_proto::ids::{
+    ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState, VolumeId,
+};
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::{Payload, Reply, Request};
 use bytes::Bytes;
@@ -73,8 +75,7 @@ impl SessionConfig {
     }
 }
 
-/// Mistakes that a session makes on request; each breaks one rule.
-#[cfg(feature = "planted-bugs")]
+/// Mistakes that a session makes on request (feature `planted-bugs` only); each breaks one rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PlantedBug {
     /// R4: acknowledges writes without a failed replica before its exclusion is committed.
@@ -283,7 +284,8 @@ pub enum MetadataRequest {
         /// The changes.
         changes: Vec<ReplicaChange>,
     },
-    /// CloseVolume: answered by `CloseAnswer`.
+    /// CloseVolume: answered by `CloseAnswer`; by `ConfigChanged` if the epoch is no longer current (then
+    /// the session asks again).
     Close {
         /// Must be the volume's current epoch.
         epoch: Epoch,

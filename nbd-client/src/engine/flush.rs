@@ -1,0 +1,147 @@
+//! FLUSH (R5), the watermark (R2) and the writes retained until a flush covers them.
+//!
+//! Invariants:
+//! - One flush is under way at a time; requests that arrive meanwhile are covered by the next one.
+//! - A flush is answered when every in-sync member and counted target of every group, as of the current
+//!   configuration, answered a request of this flush.
+//! - The watermark of a flush is taken when it starts, becomes *confirmed* when it ends, and travels on
+//!   the flushes after it, to in-sync members only: a target may still lack writes below it.
+//! - A write stays retained until a flush that started after its acknowledgement has ended.
+
+use ashlar_proto::ids::{ReplicaState, Version};
+use ashlar_proto::wire::{Flush, RequestBody};
+
+use super::api::ClientReply;
+use super::replica::Purpose;
+use super::session::Session;
+use super::slots::PeerSet;
+
+/// A flush under way.
+#[derive(Debug)]
+pub(super) struct FlushRun {
+    number: u64,
+    /// Retained writes before this count are covered.
+    mark: u64,
+    watermark: Version,
+    sent: PeerSet,
+    answered: PeerSet,
+    waiters: Vec<u64>,
+}
+
+impl Session {
+    /// A client's FLUSH.
+    pub(super) fn begin_flush(&mut self, tag: u64) {
+        if !self.dirty && self.flush.is_none() {
+            self.stats.flushes += 1;
+            return self.answer(tag, Ok(ClientReply::Done));
+        }
+        self.flush_waiters.push(tag);
+        if self.flush.is_none() {
+            self.start_flush();
+        }
+    }
+
+    /// Starts a flush that covers everything acknowledged so far.
+    pub(super) fn start_flush(&mut self) {
+        self.flush_number += 1;
+        self.dirty = false;
+        self.flush = Some(FlushRun {
+            number: self.flush_number,
+            mark: self.retained_base + self.retained.len() as u64,
+            watermark: self.window.settled_below(),
+            sent: PeerSet::EMPTY,
+            answered: PeerSet::EMPTY,
+            waiters: std::mem::take(&mut self.flush_waiters),
+        });
+        self.flush_pump();
+    }
+
+    fn flush_needed(&self) -> PeerSet {
+        self.groups.iter().fold(PeerSet::EMPTY, |set, g| set.union(g.needed()))
+    }
+
+    /// Sends what is to be sent; ends the flush when all have answered.
+    pub(super) fn flush_pump(&mut self) {
+        let needed = self.flush_needed();
+        let Some(run) = &self.flush else { return };
+        // While a group lost everything and is replayed, an answer would promise too much.
+        if self.groups.iter().any(|g| g.recovering) {
+            return;
+        }
+        let (number, missing) = (run.number, needed.without(run.sent));
+        if run.answered.covers(needed) {
+            return self.end_flush();
+        }
+        for peer in missing.iter() {
+            if self.usable(peer) {
+                if let Some(run) = &mut self.flush {
+                    run.sent.insert(peer);
+                }
+                let flush = self.flush_body(peer);
+                self.send(peer, Purpose::Flush { number }, RequestBody::Flush(flush));
+            }
+        }
+    }
+
+    /// What a flush tells a peer besides "flush".
+    pub(super) fn flush_body(&self, peer: u8) -> Flush {
+        let member_everywhere = self
+            .groups
+            .iter()
+            .filter_map(|g| g.member(peer))
+            .all(|m| m.state == ReplicaState::InSync);
+        let whole = self
+            .groups
+            .iter()
+            .all(|g| g.members.iter().all(|m| m.state == ReplicaState::InSync));
+        let watermark = if member_everywhere { self.confirmed } else { Version::ZERO };
+        Flush { watermark, forget_below: if whole { self.confirmed } else { Version::ZERO } }
+    }
+
+    pub(super) fn on_flushed(&mut self, peer: u8, number: u64) {
+        if let Some(run) = &mut self.flush
+            && run.number == number
+            && run.sent.contains(peer)
+        {
+            run.answered.insert(peer);
+            self.flush_pump();
+        }
+    }
+
+    pub(super) fn flush_void(&mut self, peer: u8, number: u64) {
+        if let Some(run) = &mut self.flush
+            && run.number == number
+        {
+            run.sent.remove(peer);
+            run.answered.remove(peer);
+            self.pump = true;
+        }
+    }
+
+    /// Answers of these peers to the flush under way count no longer.
+    pub(super) fn flush_forget(&mut self, peers: PeerSet) {
+        if let Some(run) = &mut self.flush {
+            run.sent = run.sent.without(peers);
+            run.answered = run.answered.without(peers);
+        }
+    }
+
+    fn end_flush(&mut self) {
+        let Some(run) = self.flush.take() else { return };
+        self.confirmed = self.confirmed.max(run.watermark);
+        while self.retained_base < run.mark {
+            self.retained_base += 1;
+            if let Some(gone) = self.retained.pop_front() {
+                self.stats.retained_bytes -= gone.bytes();
+            }
+        }
+        for tag in run.waiters {
+            self.stats.flushes += 1;
+            self.answer(tag, Ok(ClientReply::Done));
+        }
+        self.pump = true;
+        if !self.flush_waiters.is_empty() {
+            self.start_flush();
+        }
+    }
+}
