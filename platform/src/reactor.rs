@@ -16,6 +16,7 @@
     reason = "io_uring operations and the descriptors that they return"
 )]
 
+mod completions;
 mod connection;
 mod disks;
 mod input;
@@ -30,7 +31,7 @@ mod waker;
 use std::io;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -47,10 +48,10 @@ pub use types::{ConnId, DiskIndex, Event, ListenerId, ReactorConfig};
 pub use waker::Waker;
 
 use connection::{Connection, State};
-use disks::{Disk, Next, Operation};
+use disks::{Disk, Operation};
 use input::Retired;
 use output::Send;
-use ring::{Completion, Ring};
+use ring::Ring;
 use slab::Slab;
 
 /// Disks of one reactor whose descriptors are registered with the ring; more work too, a little slower.
@@ -273,19 +274,11 @@ impl Reactor {
         conn
     }
 
-    /// A name for a connection that could not even be attempted, and its `Closed`.
+    /// A connection that could not even be attempted: `Closed` follows.
     fn refused(&mut self, error: io::Error) -> ConnId {
-        // The name needs a slot until the event is delivered; the wake-up descriptor stands in.
-        let (slot, generation) = match self.waker.duplicate() {
-            Ok(socket) => {
-                let state = State::Dead { silent: false };
-                self.connections
-                    .insert(Connection::new(socket, state, self.config.receive_buffer))
-            }
-            // No descriptors left at all: a name that is never given out.
-            Err(_) => (u32::MAX, u32::MAX),
-        };
-        self.dead.push(slot);
+        let state = State::Dead { silent: false };
+        let connection = Connection::new(None, state, self.config.receive_buffer);
+        let (slot, generation) = self.connections.insert(connection);
         let conn = ConnId { slot, generation };
         self.ready.push(Event::Closed {
             conn,
@@ -307,7 +300,7 @@ impl Reactor {
     }
 
     fn add_connection(&mut self, socket: OwnedFd, state: State) -> ConnId {
-        let connection = Connection::new(socket, state, self.config.receive_buffer);
+        let connection = Connection::new(Some(socket), state, self.config.receive_buffer);
         let (slot, generation) = self.connections.insert(connection);
         self.mark(slot);
         ConnId { slot, generation }
@@ -368,8 +361,7 @@ impl Reactor {
                 io::ErrorKind::StorageFull,
                 "the peer does not read its data",
             );
-            let event = self.fail(conn.slot, Some(error));
-            self.ready.extend(event);
+            self.fail(conn.slot, Some(error));
         } else {
             self.mark(conn.slot);
         }
@@ -405,8 +397,7 @@ impl Reactor {
             self.ready.push(Event::Received { conn });
         }
         if ended {
-            let event = self.fail(conn.slot, None);
-            self.ready.extend(event);
+            self.fail(conn.slot, None);
         } else {
             self.mark(conn.slot);
         }
@@ -524,17 +515,26 @@ impl Reactor {
             return;
         }
         let mut ready = std::mem::take(&mut self.ready);
-        ready.retain(|event| match event {
-            Event::Connected { conn } | Event::Received { conn } | Event::Closed { conn, .. } => {
-                conn.slot == u32::MAX
-                    || self
-                        .connections
-                        .get(conn.slot, conn.generation)
-                        .is_some_and(|c| c.state != State::Dead { silent: true })
+        for event in ready.drain(..) {
+            let (Event::Connected { conn } | Event::Received { conn } | Event::Closed { conn, .. }) =
+                &event
+            else {
+                events.push(event);
+                continue;
+            };
+            let ConnId { slot, generation } = *conn;
+            let Some(connection) = self.connections.get_mut(slot, generation) else {
+                continue;
+            };
+            if connection.state == (State::Dead { silent: true }) {
+                continue;
             }
-            _ => true,
-        });
-        events.append(&mut ready);
+            if matches!(event, Event::Closed { .. }) {
+                connection.reported = true;
+                self.dead.push(slot);
+            }
+            events.push(event);
+        }
         self.ready = ready;
     }
 
@@ -567,7 +567,7 @@ impl Reactor {
             };
             connection.dirty = false;
             if connection.wants_output() {
-                let fd = uring::Fd(connection.socket.as_raw_fd());
+                let fd = uring::Fd(connection.descriptor());
                 let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
                 let entry = match connection.output.prepare() {
                     Send::Plain(start, length) => {
@@ -581,7 +581,7 @@ impl Reactor {
                 unsafe { self.ring.push(entry.user_data(Kind::Send.user_data(slot))) };
             }
             if connection.wants_input() {
-                let fd = uring::Fd(connection.socket.as_raw_fd());
+                let fd = uring::Fd(connection.descriptor());
                 let (start, length) = connection.input.prepare(&mut self.retired);
                 let poll_first = if connection.more { 0 } else { POLL_FIRST };
                 let entry = opcode::Recv::new(fd, start, length)
@@ -616,172 +616,4 @@ impl Reactor {
             unsafe { self.ring.push(entry) };
         }
     }
-
-    fn complete(&mut self, completion: Completion, events: &mut Vec<Event>) {
-        let (kind, slot) = Kind::of(completion.user_data);
-        match kind {
-            Kind::Receive => self.received(slot, completion, events),
-            Kind::Send => self.sent(slot, completion.outcome(), events),
-            Kind::Connect => {
-                let conn = ConnId {
-                    slot,
-                    generation: self.connections.generation(slot),
-                };
-                if let Some(connection) = self.connections.at(slot) {
-                    connection.connect_in_flight = false;
-                }
-                if self.connected(conn) {
-                    events.push(Event::Connected { conn });
-                }
-            }
-            Kind::Accept => self.accepted(slot, completion.outcome(), events),
-            Kind::Wake => {
-                self.wake_in_flight = false;
-                self.waker.heard();
-                events.push(Event::Woken);
-            }
-            Kind::Disk => {
-                let Some(operation) = self.operations.at(slot) else {
-                    return;
-                };
-                let disk = operation.disk;
-                match operation.complete(completion.outcome(), &mut self.disks[disk]) {
-                    Next::Continue => self.submit_disk(slot),
-                    Next::Finished(completion) => {
-                        self.operations.remove(slot);
-                        events.push(Event::Disk {
-                            disk: DiskIndex(disk),
-                            completion,
-                        });
-                    }
-                }
-            }
-            Kind::Cancel => {}
-        }
-    }
-
-    fn received(&mut self, slot: u32, completion: Completion, events: &mut Vec<Event>) {
-        let conn = ConnId {
-            slot,
-            generation: self.connections.generation(slot),
-        };
-        let Some(connection) = self.connections.at(slot) else {
-            return;
-        };
-        connection.more = io_uring::cqueue::sock_nonempty(completion.flags);
-        let outcome = completion.outcome();
-        let count = *outcome.as_ref().unwrap_or(&0);
-        // SAFETY: this is the completion of the receive that `prepare` was called for.
-        unsafe { connection.input.complete(count) };
-        match (connection.state, outcome) {
-            (State::Dead { .. }, _) => self.dead.push(slot),
-            (_, Err(error)) if is_transient(&error) => self.mark(slot),
-            (State::Lingering, Ok(1..)) => {
-                connection.input.received.clear();
-                self.mark(slot);
-            }
-            (State::Lingering, _) => self.close(conn),
-            (_, Ok(0)) if connection.paused => connection.ended = true,
-            (_, Ok(0)) => events.extend(self.fail(slot, None)),
-            (_, Err(error)) => events.extend(self.fail(slot, Some(error))),
-            (_, Ok(_)) => {
-                if !connection.paused {
-                    events.push(Event::Received { conn });
-                }
-                self.mark(slot);
-            }
-        }
-    }
-
-    fn sent(&mut self, slot: u32, outcome: io::Result<usize>, events: &mut Vec<Event>) {
-        let conn = ConnId {
-            slot,
-            generation: self.connections.generation(slot),
-        };
-        let Some(connection) = self.connections.at(slot) else {
-            return;
-        };
-        connection.output.complete(*outcome.as_ref().unwrap_or(&0));
-        match (connection.state, outcome) {
-            (State::Dead { .. }, _) => {
-                connection.output.discard();
-                self.dead.push(slot);
-            }
-            (_, Err(error)) if is_transient(&error) => self.mark(slot),
-            (State::Lingering, Err(_)) => self.close(conn),
-            (_, Err(error)) => events.extend(self.fail(slot, Some(error))),
-            (state, Ok(_)) => {
-                if connection.output.queued() > 0 {
-                    self.mark(slot);
-                } else if state == State::Lingering {
-                    self.finish_lingering(conn);
-                } else {
-                    events.push(Event::Sent { conn });
-                }
-            }
-        }
-    }
-
-    /// A connection attempt ended; true if it is open now (else a `Closed` is made ready).
-    fn connected(&mut self, conn: ConnId) -> bool {
-        let timeout = self.config.tcp_user_timeout;
-        let Some(connection) = self.connections.at(conn.slot) else {
-            return false;
-        };
-        if !connection.is_alive() {
-            self.dead.push(conn.slot);
-            return false;
-        }
-        let outcome = socket::connect_outcome(&connection.socket)
-            .and_then(|()| socket::prepare(&connection.socket, timeout));
-        match outcome {
-            Ok(()) => {
-                connection.state = State::Open;
-                self.mark(conn.slot);
-                true
-            }
-            Err(error) => {
-                let event = self.fail(conn.slot, Some(error));
-                self.ready.extend(event);
-                false
-            }
-        }
-    }
-
-    fn accepted(&mut self, slot: u32, outcome: io::Result<usize>, events: &mut Vec<Event>) {
-        self.listeners_dirty = true;
-        let id = ListenerId {
-            slot,
-            generation: self.listeners.generation(slot),
-        };
-        // SAFETY: a successful accept returns a new descriptor, owned by nobody else.
-        let outcome = outcome.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor as i32) });
-        let Some(listener) = self.listeners.at(slot) else {
-            return;
-        };
-        listener.accept_in_flight = false;
-        if listener.closed {
-            self.listeners.remove(slot);
-            return;
-        }
-        match outcome {
-            Ok(socket) => match self.adopt(socket) {
-                Ok(conn) => events.push(Event::Accepted { listener: id, conn }),
-                Err(error) => {
-                    tracing::debug!(%error, "a connection was gone before it was accepted")
-                }
-            },
-            Err(error)
-                if is_transient(&error) || error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection, trying again");
-                listener.paused_until = Some(clock::now().after(ACCEPT_PAUSE));
-                self.listeners_paused = true;
-            }
-        }
-    }
-}
-
-fn is_transient(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }

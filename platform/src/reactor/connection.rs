@@ -10,13 +10,18 @@
 //! | Open | `close_after_send` | Lingering |
 //! | Lingering | end of stream, failure, deadline, `close` | Dead (nothing is reported) |
 //!
-//! Invariant: a connection leaves the reactor's table only when Dead with no operation in flight, so the
-//! buffers and the socket outlive every operation on them.
+//! Invariant: a connection leaves the reactor's table only when Dead, its Closed delivered or not wanted,
+//! and no operation in flight, so the buffers and the socket outlive every operation on them.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use rustix::net::Shutdown;
 
 use super::input::Input;
 use super::output::Output;
+use super::socket;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum State {
@@ -32,7 +37,8 @@ pub(super) enum State {
 }
 
 pub(super) struct Connection {
-    pub socket: OwnedFd,
+    /// None if there was not even one to connect with; the connection is Dead then.
+    pub socket: Option<OwnedFd>,
     pub state: State,
     pub input: Input,
     pub output: Output,
@@ -45,12 +51,14 @@ pub(super) struct Connection {
     pub dirty: bool,
     /// Lingering: everything is sent and the peer has been told.
     pub finished: bool,
+    /// `Closed` was delivered.
+    pub reported: bool,
     /// The socket had more bytes when the last receive ended.
     pub more: bool,
 }
 
 impl Connection {
-    pub fn new(socket: OwnedFd, state: State, receive_buffer: usize) -> Self {
+    pub fn new(socket: Option<OwnedFd>, state: State, receive_buffer: usize) -> Self {
         Self {
             socket,
             state,
@@ -61,13 +69,41 @@ impl Connection {
             ended: false,
             dirty: false,
             finished: false,
+            reported: false,
             more: false,
         }
+    }
+
+    /// The descriptor for an operation.
+    pub fn descriptor(&self) -> RawFd {
+        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    /// The outcome of the connection attempt; the socket is ready for use if it is a success.
+    pub fn connect_outcome(&self, user_timeout: Duration) -> io::Result<()> {
+        let socket = self.socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        socket::connect_outcome(socket)?;
+        socket::prepare(socket, user_timeout)
+    }
+
+    /// Shuts the socket down; false if it was not connected.
+    pub fn shutdown(&self, how: Shutdown) -> bool {
+        self.socket
+            .as_ref()
+            .is_some_and(|socket| rustix::net::shutdown(socket, how).is_ok())
     }
 
     /// Whether the kernel may still use this connection's memory or socket.
     pub fn in_flight(&self) -> bool {
         self.connect_in_flight || self.input.in_flight() || self.output.in_flight()
+    }
+
+    /// Whether the table may forget this connection.
+    pub fn is_over(&self) -> bool {
+        match self.state {
+            State::Dead { silent } => (silent || self.reported) && !self.in_flight(),
+            State::Connecting | State::Open | State::Lingering => false,
+        }
     }
 
     pub fn is_alive(&self) -> bool {

@@ -24,19 +24,18 @@ const DRAIN: Duration = Duration::from_secs(30);
 const DRAIN_STEP: Duration = Duration::from_millis(500);
 
 impl Reactor {
-    /// The connection ended by itself: the event that tells so, if nobody was told yet.
-    pub(super) fn fail(&mut self, slot: u32, error: Option<io::Error>) -> Option<Event> {
+    /// The connection ended by itself: makes the event ready that tells so, if nobody was told yet.
+    pub(super) fn fail(&mut self, slot: u32, error: Option<io::Error>) {
         let generation = self.connections.generation(slot);
-        let connection = self
-            .connections
-            .at(slot)
-            .filter(|connection| connection.is_alive())?;
+        let Some(connection) = self.connections.at(slot).filter(|c| c.is_alive()) else {
+            return;
+        };
         connection.state = State::Dead { silent: false };
         self.tear_down(slot);
-        Some(Event::Closed {
+        self.ready.push(Event::Closed {
             conn: ConnId { slot, generation },
             error,
-        })
+        });
     }
 
     /// Ends the operations of a connection that just died.
@@ -46,7 +45,7 @@ impl Reactor {
         };
         connection.output.discard();
         // Fails on sockets that are not connected, which is as good.
-        let _ = rustix::net::shutdown(&connection.socket, Shutdown::Both);
+        let _ = connection.shutdown(Shutdown::Both);
         let in_flight = [
             (Kind::Connect, connection.connect_in_flight),
             (Kind::Receive, connection.input.in_flight()),
@@ -75,7 +74,7 @@ impl Reactor {
             let Some(connection) = self.connections.at(slot) else {
                 continue;
             };
-            if !connection.is_alive() && !connection.in_flight() {
+            if connection.is_over() {
                 self.connections.remove(slot);
                 self.listeners_dirty = true;
             }
@@ -89,7 +88,7 @@ impl Reactor {
             && !connection.finished
         {
             connection.finished = true;
-            if rustix::net::shutdown(&connection.socket, Shutdown::Write).is_err() {
+            if !connection.shutdown(Shutdown::Write) {
                 self.close(conn);
             }
         }

@@ -49,11 +49,6 @@ impl Waker {
         self.shared.pending.swap(false, Ordering::AcqRel);
     }
 
-    /// Another descriptor of the eventfd.
-    pub(super) fn duplicate(&self) -> io::Result<OwnedFd> {
-        self.shared.eventfd.try_clone()
-    }
-
     pub(super) fn descriptor(&self) -> RawFd {
         self.shared.eventfd.as_raw_fd()
     }
