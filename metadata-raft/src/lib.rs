@@ -1,9 +1,12 @@
 //! The metadata cluster: decides where volumes live, who may write to them and which replicas count.
 //!
 //! - [`model`]: the replicated state machine, pure.
+//! - [`raft`]: log, snapshots and network around openraft.
 //!
 //! Architecture invariant: user data never pass through here, and while all replicas of a volume answer,
 //! its I/O does not need this cluster.
 
+#![cfg_attr(test, expect(clippy::unwrap_used, reason = "tests"))]
 
 pub mod model;
+pub mod raft;
