@@ -1,0 +1,427 @@
+//! `ashlar volume`: block devices.
+
+use std::collections::BTreeMap;
+
+use ashlar_proto::rpc::metadata as pb;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use super::Context;
+use super::cluster::redundancy;
+use crate::args::parse_label;
+use crate::client::request_id;
+use crate::error::{CliError, Result};
+use crate::output::{self, Column, cell, health};
+use crate::progress::{WaitArgs, wait_in_sync};
+use crate::size;
+
+/// Volumes.
+#[derive(Subcommand, Debug)]
+pub enum VolumeCommand {
+    /// Makes a volume; it takes space only as it is written
+    Create(CreateArgs),
+    /// Every volume
+    List {
+        /// Only those of this pool
+        #[arg(long)]
+        pool: Option<String>,
+    },
+    /// One volume and its replicas
+    Show {
+        /// Name or id
+        volume: String,
+    },
+    /// Grows a volume, also while it is in use
+    Resize {
+        /// Name or id
+        volume: String,
+        /// The new size, as in 20GiB
+        #[arg(value_parser = size::parse)]
+        size: u64,
+    },
+    /// Deletes a volume that nobody uses, with its data
+    Delete {
+        /// Name or id
+        volume: String,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+    },
+}
+
+/// Of `volume create`.
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Its name
+    name: String,
+    /// Its size, as in 10GiB
+    #[arg(long, value_parser = size::parse)]
+    size: u64,
+    /// Pool for its replicas [default: the only pool]
+    #[arg(long)]
+    pool: Option<String>,
+    /// Replicas [default: the pool's]
+    #[arg(long)]
+    replicas: Option<u32>,
+    /// Fewest replicas in sync with which writes go on [default: 2 of 3 and more, else 1]
+    #[arg(long)]
+    min_replicas: Option<u32>,
+    /// Replica groups that the volume is spread over [default: by size and number of disks]
+    #[arg(long)]
+    groups: Option<u32>,
+    /// A node that should hold a replica
+    #[arg(long)]
+    preferred_node: Option<String>,
+    /// NAME=VALUE (repeatable)
+    #[arg(long = "label", value_parser = parse_label)]
+    labels: Vec<(String, String)>,
+    /// Waiting
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+#[derive(Serialize)]
+struct HolderView {
+    client_id: String,
+    client: String,
+    node_id: String,
+    mode: &'static str,
+    epoch: u64,
+}
+
+#[derive(Serialize)]
+struct VolumeReplicaView {
+    group: usize,
+    disk_id: String,
+    node: String,
+    path: String,
+    disk_alive: bool,
+    state: &'static str,
+}
+
+#[derive(Serialize)]
+struct VolumeView {
+    id: String,
+    name: String,
+    size_bytes: u64,
+    pool: String,
+    /// `ok`, `degraded` (replicas are missing) or `waiting` (too few to write).
+    health: &'static str,
+    replicas: u32,
+    min_replicas: u32,
+    groups: usize,
+    replicas_in_sync: usize,
+    replicas_total: usize,
+    epoch: u64,
+    revision: u64,
+    clean: bool,
+    opened_once: bool,
+    created_unix_ms: u64,
+    labels: BTreeMap<String, String>,
+    holder: Option<HolderView>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    replica_list: Vec<VolumeReplicaView>,
+}
+
+impl VolumeView {
+    fn new(volume: &pb::Volume) -> Self {
+        let (in_sync, total, waiting) = redundancy(volume);
+        Self {
+            id: output::id_text(&volume.volume_id),
+            name: volume.name.clone(),
+            size_bytes: volume.size_bytes,
+            pool: volume.pool.clone(),
+            health: match (waiting, in_sync < total) {
+                (true, _) => "waiting",
+                (false, true) => "degraded",
+                (false, false) => "ok",
+            },
+            replicas: volume.replicas,
+            min_replicas: volume.min_replicas,
+            groups: volume.groups.len(),
+            replicas_in_sync: in_sync,
+            replicas_total: total,
+            epoch: volume.epoch,
+            revision: volume.revision,
+            clean: volume.clean,
+            opened_once: volume.opened_once,
+            created_unix_ms: volume.created_unix_ms,
+            labels: volume.labels.clone().into_iter().collect(),
+            holder: volume.holder.as_ref().map(|h| HolderView {
+                client_id: output::id_text(&h.client_id),
+                client: h.client_name.clone(),
+                node_id: output::id_text(&h.node_id),
+                mode: match h.mode() {
+                    pb::AttachMode::Shared => "shared",
+                    pb::AttachMode::ReadOnly => "read-only",
+                    pb::AttachMode::Exclusive | pb::AttachMode::Unspecified => "exclusive",
+                },
+                epoch: h.epoch,
+            }),
+            replica_list: Vec::new(),
+        }
+    }
+
+    fn holder_text(&self) -> String {
+        self.holder
+            .as_ref()
+            .map_or_else(|| "-".to_owned(), |h| h.client.clone())
+    }
+
+    fn in_sync_text(&self) -> String {
+        format!("{}/{}", self.replicas_in_sync, self.replicas_total)
+    }
+}
+
+/// Carries out a command.
+pub async fn run(command: &VolumeCommand, context: &mut Context) -> Result<()> {
+    match command {
+        VolumeCommand::Create(args) => create(args, context).await,
+        VolumeCommand::List { pool } => list(pool.as_deref(), context).await,
+        VolumeCommand::Show { volume } => show(volume, context).await,
+        VolumeCommand::Resize { volume, size } => resize(volume, *size, context).await,
+        VolumeCommand::Delete { volume, yes } => delete(volume, *yes, context).await,
+    }
+}
+
+async fn only_pool(context: &mut Context) -> Result<String> {
+    let mut pools = context.metadata.pools("").await?;
+    match pools.len() {
+        1 => Ok(pools.remove(0).name),
+        0 => {
+            Err(CliError::conflict("there is no pool yet")
+                .hint("make one: `ashlar pool create NAME`"))
+        }
+        _ => Err(
+            CliError::usage("there are several pools: say which, with --pool")
+                .hint("`ashlar pool list` shows them"),
+        ),
+    }
+}
+
+async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
+    let pool = match &args.pool {
+        Some(pool) => pool.clone(),
+        None => only_pool(context).await?,
+    };
+    let request = pb::CreateVolumeRequest {
+        request_id: request_id(),
+        name: args.name.clone(),
+        size_bytes: args.size,
+        pool,
+        replicas: args.replicas.unwrap_or(0),
+        min_replicas: args.min_replicas.unwrap_or(0),
+        groups: args.groups.unwrap_or(0),
+        labels: args.labels.iter().cloned().collect(),
+        preferred_node: args.preferred_node.clone().unwrap_or_default(),
+    };
+    let doing = format!("create the volume {:?}", args.name);
+    let mut volume = context
+        .metadata
+        .call(&doing, request, async |mut c, q| c.create_volume(q).await)
+        .await?;
+    if args.wait.wait {
+        volume = wait_in_sync(&mut context.metadata, &args.name, args.wait).await?;
+    }
+    let view = VolumeView::new(&volume);
+    let sentence = format!(
+        "volume {} is there: {}, {} replicas in {} group(s) of pool {}",
+        view.name,
+        size::format(view.size_bytes),
+        view.replicas,
+        view.groups,
+        view.pool
+    );
+    context.output.done(&view, &sentence)
+}
+
+async fn list(pool: Option<&str>, context: &mut Context) -> Result<()> {
+    let mut volumes = context.metadata.volumes().await?;
+    if let Some(pool) = pool {
+        volumes.retain(|v| v.pool == pool);
+    }
+    volumes.sort_by(|a, b| a.name.cmp(&b.name));
+    let views: Vec<VolumeView> = volumes.iter().map(VolumeView::new).collect();
+    let header = [
+        Column::Left("name"),
+        Column::Right("size"),
+        Column::Left("pool"),
+        Column::Left("health"),
+        Column::Right("in sync"),
+        Column::Right("groups"),
+        Column::Right("epoch"),
+        Column::Left("holder"),
+        Column::Left("id"),
+    ];
+    context.output.list(&views, &header, |v| {
+        vec![
+            cell(&v.name),
+            cell(size::format(v.size_bytes)),
+            cell(&v.pool),
+            health(v.health, v.health == "ok"),
+            cell(v.in_sync_text()),
+            cell(v.groups),
+            cell(v.epoch),
+            cell(v.holder_text()),
+            cell(&v.id),
+        ]
+    })
+}
+
+/// The name of a replica state.
+pub fn state_name(state: pb::ReplicaState) -> &'static str {
+    match state {
+        pb::ReplicaState::InSync => "in-sync",
+        pb::ReplicaState::Rebuilding => "rebuilding",
+        pb::ReplicaState::Stale => "stale",
+    }
+}
+
+async fn show(name: &str, context: &mut Context) -> Result<()> {
+    let volume = context.metadata.volume(name).await?;
+    let disks: BTreeMap<Vec<u8>, pb::Disk> = context
+        .metadata
+        .disks()
+        .await?
+        .into_iter()
+        .map(|d| (d.disk_id.clone(), d))
+        .collect();
+    let mut view = VolumeView::new(&volume);
+    for (group, replica) in volume
+        .groups
+        .iter()
+        .enumerate()
+        .flat_map(|(i, g)| g.replicas.iter().map(move |r| (i, r)))
+    {
+        let disk = disks.get(&replica.disk_id);
+        view.replica_list.push(VolumeReplicaView {
+            group,
+            disk_id: output::id_text(&replica.disk_id),
+            node: disk.map(|d| d.node_name.clone()).unwrap_or_default(),
+            path: disk.map(|d| d.path.clone()).unwrap_or_default(),
+            disk_alive: disk.is_some_and(|d| d.alive),
+            state: state_name(replica.state()),
+        });
+    }
+    let fields = [
+        ("Volume", view.name.clone()),
+        ("Id", view.id.clone()),
+        (
+            "Size",
+            format!(
+                "{} ({} bytes)",
+                size::format(view.size_bytes),
+                view.size_bytes
+            ),
+        ),
+        ("Pool", view.pool.clone()),
+        ("Health", view.health.to_owned()),
+        (
+            "Replicas",
+            format!("{}, writes need {}", view.replicas, view.min_replicas),
+        ),
+        ("In sync", view.in_sync_text()),
+        ("Groups", view.groups.to_string()),
+        ("Epoch", view.epoch.to_string()),
+        ("Holder", view.holder_text()),
+        (
+            "Last close",
+            if view.clean {
+                "clean"
+            } else {
+                "not clean (or in use)"
+            }
+            .to_owned(),
+        ),
+        ("Labels", output::labels(&view.labels)),
+    ];
+    context.output.object(&view, &fields)?;
+    let header = [
+        Column::Right("group"),
+        Column::Left("state"),
+        Column::Left("node"),
+        Column::Left("path"),
+        Column::Left("disk"),
+        Column::Left("disk id"),
+    ];
+    let rows = view
+        .replica_list
+        .iter()
+        .map(|r| {
+            vec![
+                cell(r.group),
+                health(r.state, r.state == "in-sync"),
+                cell(&r.node),
+                cell(&r.path),
+                health(if r.disk_alive { "alive" } else { "silent" }, r.disk_alive),
+                cell(&r.disk_id),
+            ]
+        })
+        .collect();
+    context.output.text("")?;
+    context.output.table(&header, rows)
+}
+
+async fn resize(name: &str, size_bytes: u64, context: &mut Context) -> Result<()> {
+    let volume = context.metadata.volume(name).await?;
+    if size_bytes < volume.size_bytes {
+        return Err(CliError::conflict(format!(
+            "{} has {} already: a volume only grows",
+            volume.name,
+            size::format(volume.size_bytes)
+        ))
+        .hint("to get a smaller one, create it and copy (for instance with nbdcopy)"));
+    }
+    let request = pb::ResizeVolumeRequest {
+        request_id: request_id(),
+        volume_id: volume.volume_id,
+        size_bytes,
+    };
+    let doing = format!("resize the volume {:?}", volume.name);
+    let volume = context
+        .metadata
+        .call(&doing, request, async |mut c, q| c.resize_volume(q).await)
+        .await?;
+    let view = VolumeView::new(&volume);
+    let sentence = format!(
+        "volume {} has {} now",
+        view.name,
+        size::format(view.size_bytes)
+    );
+    context.output.done(&view, &sentence)
+}
+
+#[derive(Serialize)]
+struct DeletedView {
+    id: String,
+    name: String,
+    deleted: bool,
+}
+
+async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
+    let volume = context.metadata.volume(name).await?;
+    if let Some(holder) = &volume.holder {
+        return Err(CliError::conflict(format!(
+            "volume {} is in use by {}",
+            volume.name, holder.client_name
+        ))
+        .hint("stop that client (or detach the volume there) first"));
+    }
+    super::confirm("volume", &volume.name, yes)?;
+    let request = pb::DeleteVolumeRequest {
+        request_id: request_id(),
+        volume_id: volume.volume_id.clone(),
+    };
+    let doing = format!("delete the volume {:?}", volume.name);
+    context
+        .metadata
+        .call(&doing, request, async |mut c, q| c.delete_volume(q).await)
+        .await?;
+    let view = DeletedView {
+        id: output::id_text(&volume.volume_id),
+        name: volume.name,
+        deleted: true,
+    };
+    let sentence = format!("volume {} is deleted", view.name);
+    context.output.done(&view, &sentence)
+}

@@ -1,0 +1,340 @@
+//! The `ashlar` program against a metadata server in memory: output, JSON, exit codes, failover.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::process::{Command, Output};
+
+use ashlar_proto::rpc::metadata as pb;
+use serde_json::Value;
+use support::{FakeMetadata, Model};
+
+fn ashlar(metadata: &str, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ashlar"))
+        .env_remove("ASHLAR_METADATA")
+        .env_remove("ASHLAR_LOG")
+        .args(["--metadata", metadata, "--timeout", "2"])
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    assert_eq!(code(output), 0, "{}", stderr(output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Three nodes that are not reachable, with a disk each.
+fn three_nodes() -> Model {
+    let mut model = Model::default();
+    for n in 1..=3u8 {
+        model.nodes.push(pb::Node {
+            node_id: vec![n; 16],
+            name: format!("node-{n}"),
+            admin_address: "127.0.0.1:1".into(),
+            alive: n != 3,
+            last_heartbeat_age_ms: 100,
+            ..Default::default()
+        });
+        model.disks.push(pb::Disk {
+            disk_id: vec![0x10 + n; 16],
+            node_id: vec![n; 16],
+            node_name: format!("node-{n}"),
+            path: format!("/disk-{n}"),
+            capacity_bytes: 10 << 30,
+            used_bytes: 1 << 30,
+            alive: n != 3,
+            ..Default::default()
+        });
+    }
+    model
+}
+
+#[test]
+fn a_pool_and_a_volume_are_made_shown_resized_and_deleted() {
+    let server = FakeMetadata::start(three_nodes());
+    let at = server.address.to_string();
+    let volume_before_pool = ashlar(&at, &["volume", "create", "v", "--size", "1GiB"]);
+    assert_eq!(code(&volume_before_pool), 4);
+    assert!(stderr(&volume_before_pool).contains("ashlar pool create"));
+
+    let pool = json(&ashlar(
+        &at,
+        &["-o", "json", "pool", "create", "main", "--replicas", "2"],
+    ));
+    assert_eq!(
+        (
+            pool["replicas"].as_u64(),
+            pool["overprovision_percent"].as_u64()
+        ),
+        (Some(2), Some(1000))
+    );
+    let again = ashlar(&at, &["pool", "create", "main"]);
+    assert_eq!(code(&again), 4);
+    let updated = json(&ashlar(
+        &at,
+        &[
+            "-o",
+            "json",
+            "pool",
+            "update",
+            "main",
+            "--failure-domain",
+            "zone",
+            "--selector",
+            "media=ssd",
+        ],
+    ));
+    assert_eq!(updated["failure_domain"], "zone");
+    assert_eq!(updated["selector"]["media"], "ssd");
+    assert_eq!(updated["replicas"], 2, "what is not given stays");
+    assert_eq!(code(&ashlar(&at, &["pool", "update", "main"])), 2);
+
+    let created = ashlar(&at, &["volume", "create", "v", "--size", "10GiB", "--wait"]);
+    assert_eq!(code(&created), 0, "{}", stderr(&created));
+    assert!(stdout(&created).contains("10 GiB"));
+    let shown = json(&ashlar(&at, &["-o", "json", "volume", "show", "v"]));
+    assert_eq!(shown["size_bytes"], 10u64 << 30);
+    assert_eq!(shown["health"], "ok");
+    assert_eq!(shown["replica_list"].as_array().unwrap().len(), 3);
+    assert_eq!(shown["replica_list"][2]["disk_alive"], false);
+    let by_id = json(&ashlar(
+        &at,
+        &[
+            "-o",
+            "json",
+            "volume",
+            "show",
+            shown["id"].as_str().unwrap(),
+        ],
+    ));
+    assert_eq!(by_id["name"], "v");
+
+    let smaller = ashlar(&at, &["volume", "resize", "v", "1GiB"]);
+    assert_eq!(code(&smaller), 4);
+    assert!(stderr(&smaller).contains("only grows"));
+    assert_eq!(
+        json(&ashlar(
+            &at,
+            &["-o", "json", "volume", "resize", "v", "20GiB"]
+        ))["size_bytes"],
+        20u64 << 30
+    );
+    assert_eq!(code(&ashlar(&at, &["pool", "delete", "main"])), 4);
+    assert_eq!(
+        code(&ashlar(&at, &["volume", "delete", "v"])),
+        2,
+        "without a terminal --yes is needed"
+    );
+    assert_eq!(code(&ashlar(&at, &["volume", "delete", "v", "--yes"])), 0);
+    assert_eq!(code(&ashlar(&at, &["volume", "delete", "v", "--yes"])), 3);
+    assert_eq!(code(&ashlar(&at, &["pool", "delete", "main"])), 0);
+}
+
+#[test]
+fn tables_have_a_row_per_thing_over_all_pages() {
+    let mut model = three_nodes();
+    for n in 1..=3u8 {
+        model.volumes.push(pb::Volume {
+            volume_id: vec![n; 16],
+            name: format!("volume-{n}"),
+            size_bytes: 1 << 30,
+            min_replicas: 1,
+            ..Default::default()
+        });
+    }
+    let server = FakeMetadata::start(model);
+    let at = server.address.to_string();
+    let volumes = stdout(&ashlar(&at, &["volume", "list"]));
+    assert_eq!(volumes.lines().count(), 4, "{volumes}");
+    assert!(volumes.lines().next().unwrap().contains("HEALTH"));
+    let nodes = stdout(&ashlar(&at, &["node", "list"]));
+    assert!(
+        nodes.contains("node-3") && nodes.contains("silent"),
+        "{nodes}"
+    );
+    assert!(stdout(&ashlar(&at, &["node", "show", "node-1"])).contains("/disk-1"));
+    let disks = json(&ashlar(
+        &at,
+        &["-o", "json", "disk", "list", "--node", "node-2"],
+    ));
+    assert_eq!(disks.as_array().unwrap().len(), 1);
+    assert_eq!(disks[0]["path"], "/disk-2");
+    let status = json(&ashlar(&at, &["-o", "json", "cluster", "status"]));
+    assert_eq!(status["nodes_alive"], 2);
+    assert_eq!(status["volumes"], 3);
+    assert_eq!(status["members"][0]["leader"], true);
+    assert!(stdout(&ashlar(&at, &["cluster", "status"])).contains("2 of 3 alive"));
+}
+
+#[test]
+fn what_does_not_exist_ends_with_3_and_says_how_to_look() {
+    let server = FakeMetadata::start(three_nodes());
+    let at = server.address.to_string();
+    for arguments in [
+        ["volume", "show", "nothing"],
+        ["node", "show", "nothing"],
+        ["pool", "show", "nothing"],
+        ["disk", "remove", "nothing"],
+    ] {
+        let output = ashlar(&at, &arguments);
+        assert_eq!(code(&output), 3, "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("list"), "{}", stderr(&output));
+        assert!(stdout(&output).is_empty());
+    }
+}
+
+#[test]
+fn a_dead_endpoint_is_passed_over_and_the_request_is_not_carried_out_twice() {
+    let mut model = three_nodes();
+    model.lose_answers = 2;
+    let server = FakeMetadata::start(model);
+    let at = format!("127.0.0.1:1,{}", server.address);
+    let output = ashlar(&at, &["pool", "create", "main"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let model = server.model.lock().unwrap();
+    assert_eq!(model.request_ids.len(), 3);
+    assert!(
+        model
+            .request_ids
+            .iter()
+            .all(|id| *id == model.request_ids[0]),
+        "one id for all tries"
+    );
+}
+
+#[test]
+fn without_an_answer_the_exit_code_is_5() {
+    let output = ashlar("127.0.0.1:1", &["node", "list"]);
+    assert_eq!(code(&output), 5, "{}", stderr(&output));
+    assert!(stderr(&output).contains("hint:"));
+    let mut model = three_nodes();
+    model.unavailable = true;
+    let server = FakeMetadata::start(model);
+    assert_eq!(
+        code(&ashlar(&server.address.to_string(), &["volume", "list"])),
+        5
+    );
+}
+
+#[test]
+fn replicas_are_listed_rebuilt_and_not_moved_without_room() {
+    let mut model = three_nodes();
+    let replica = |n: u8, state: pb::ReplicaState| pb::Replica {
+        disk_id: vec![0x10 + n; 16],
+        state: state as i32,
+        ..Default::default()
+    };
+    model.volumes.push(pb::Volume {
+        volume_id: vec![9; 16],
+        name: "v".into(),
+        min_replicas: 2,
+        replicas: 3,
+        groups: vec![pb::Group {
+            replicas: vec![
+                replica(1, pb::ReplicaState::InSync),
+                replica(2, pb::ReplicaState::InSync),
+                replica(3, pb::ReplicaState::Stale),
+            ],
+        }],
+        ..Default::default()
+    });
+    let server = FakeMetadata::start(model);
+    let at = server.address.to_string();
+    let list = json(&ashlar(&at, &["-o", "json", "replica", "list", "v"]));
+    let states: Vec<&str> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| r["state"].as_str().unwrap())
+        .collect();
+    assert_eq!(states, ["in-sync", "in-sync", "stale"]);
+    assert!(
+        list[0]["used_bytes"].is_null(),
+        "the daemons are not reachable"
+    );
+    assert_eq!(
+        json(&ashlar(&at, &["-o", "json", "volume", "show", "v"]))["health"],
+        "degraded"
+    );
+    assert_eq!(
+        code(&ashlar(&at, &["replica", "rebuild", "v", "/disk-1"])),
+        4
+    );
+    let rebuilt = ashlar(
+        &at,
+        &[
+            "replica",
+            "rebuild",
+            "v",
+            "/disk-3",
+            "--wait",
+            "--wait-timeout",
+            "5",
+        ],
+    );
+    assert_eq!(code(&rebuilt), 0, "{}", stderr(&rebuilt));
+    let moved = ashlar(&at, &["replica", "move", "v", "/disk-1"]);
+    assert_eq!(code(&moved), 4);
+    assert!(stderr(&moved).contains("disk add"));
+}
+
+#[test]
+fn usage_errors_end_with_2_and_completions_are_printed() {
+    let server = FakeMetadata::start(Model::default());
+    let at = server.address.to_string();
+    assert_eq!(
+        code(&ashlar(
+            &at,
+            &["volume", "create", "v", "--size", "10 apples"]
+        )),
+        2
+    );
+    assert_eq!(code(&ashlar(&at, &["nonsense"])), 2);
+    let nowhere = tempfile::tempdir().unwrap();
+    let no_cluster = Command::new(env!("CARGO_BIN_EXE_ashlar"))
+        .env_remove("ASHLAR_METADATA")
+        .arg("--dir")
+        .arg(nowhere.path())
+        .args(["node", "list"])
+        .output()
+        .unwrap();
+    assert_eq!(code(&no_cluster), 2);
+    assert!(stderr(&no_cluster).contains("ashlar dev up"));
+    for shell in ["bash", "zsh", "fish"] {
+        let output = ashlar(&at, &["completions", shell]);
+        assert_eq!(code(&output), 0);
+        assert!(stdout(&output).contains("ashlar"));
+    }
+}
+
+#[test]
+fn a_development_cluster_that_is_not_there_is_down_already() {
+    let directory = tempfile::tempdir().unwrap();
+    let dev = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_ashlar"))
+            .arg("--dir")
+            .arg(directory.path().join("none"))
+            .arg("dev")
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    assert_eq!(code(&dev(&["down"])), 0);
+    assert_eq!(code(&dev(&["status"])), 3);
+    assert_eq!(code(&dev(&["kill", "daemon-1"])), 3);
+    assert_eq!(code(&dev(&["kill", "bogus"])), 2);
+    assert_eq!(code(&dev(&["up", "--members", "2"])), 2);
+}

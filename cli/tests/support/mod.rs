@@ -1,0 +1,343 @@
+//! A metadata server that keeps everything in memory and decides nothing: enough for the command's
+//! output, exit codes and failover.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use ashlar_proto::rpc::metadata as pb;
+use ashlar_proto::rpc::metadata::metadata_server::{Metadata, MetadataServer};
+use tonic::{Request, Response, Status};
+
+/// What the server knows.
+#[derive(Default)]
+pub struct Model {
+    pub nodes: Vec<pb::Node>,
+    pub disks: Vec<pb::Disk>,
+    pub pools: Vec<pb::Pool>,
+    pub volumes: Vec<pb::Volume>,
+    /// Answer everything with UNAVAILABLE.
+    pub unavailable: bool,
+    /// Request ids of mutations, in the order in which they came.
+    pub request_ids: Vec<Vec<u8>>,
+    /// Answer so many mutations with UNAVAILABLE after having noted their id.
+    pub lose_answers: usize,
+}
+
+/// The running server.
+pub struct FakeMetadata {
+    pub model: Arc<Mutex<Model>>,
+    pub address: SocketAddr,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl FakeMetadata {
+    /// Starts one on a free port.
+    pub fn start(model: Model) -> Self {
+        let model = Arc::new(Mutex::new(model));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = runtime
+            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
+            .unwrap();
+        let address = listener.local_addr().unwrap();
+        let service = MetadataServer::new(Service(Arc::clone(&model)));
+        runtime.spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)),
+        );
+        Self {
+            model,
+            address,
+            _runtime: runtime,
+        }
+    }
+}
+
+struct Service(Arc<Mutex<Model>>);
+
+type Answer<T> = Result<Response<T>, Status>;
+
+impl Service {
+    fn read<T>(&self, f: impl FnOnce(&mut Model) -> Result<T, Status>) -> Answer<T> {
+        let mut model = self.0.lock().unwrap();
+        if model.unavailable {
+            return Err(Status::unavailable("no leader"));
+        }
+        f(&mut model).map(Response::new)
+    }
+
+    fn change<T>(
+        &self,
+        request_id: Vec<u8>,
+        f: impl FnOnce(&mut Model) -> Result<T, Status>,
+    ) -> Answer<T> {
+        self.read(|model| {
+            assert_eq!(request_id.len(), 16, "every mutation carries a request id");
+            model.request_ids.push(request_id);
+            if model.lose_answers > 0 {
+                model.lose_answers -= 1;
+                return Err(Status::unavailable("leader lost"));
+            }
+            f(model)
+        })
+    }
+}
+
+fn unused<T>() -> Answer<T> {
+    Err(Status::unimplemented("not in this test"))
+}
+
+#[tonic::async_trait]
+impl Metadata for Service {
+    async fn get_cluster(&self, _: Request<pb::GetClusterRequest>) -> Answer<pb::Cluster> {
+        self.read(|_| {
+            Ok(pb::Cluster {
+                cluster_id: vec![7; 16],
+                members: vec![pb::Member {
+                    id: 1,
+                    address: "127.0.0.1:7101".into(),
+                    voter: true,
+                    leader: true,
+                }],
+                leader_id: 1,
+                term: 4,
+                last_applied: 99,
+                answered_by: 1,
+            })
+        })
+    }
+    async fn add_member(&self, _: Request<pb::AddMemberRequest>) -> Answer<pb::Cluster> {
+        unused()
+    }
+    async fn remove_member(&self, _: Request<pb::RemoveMemberRequest>) -> Answer<pb::Cluster> {
+        unused()
+    }
+    async fn register_node(&self, _: Request<pb::RegisterNodeRequest>) -> Answer<pb::Node> {
+        unused()
+    }
+    async fn register_disk(&self, _: Request<pb::RegisterDiskRequest>) -> Answer<pb::Disk> {
+        unused()
+    }
+    async fn heartbeat(&self, _: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
+        unused()
+    }
+    async fn list_nodes(&self, _: Request<pb::ListNodesRequest>) -> Answer<pb::ListNodesResponse> {
+        self.read(|m| {
+            Ok(pb::ListNodesResponse {
+                nodes: m.nodes.clone(),
+            })
+        })
+    }
+    async fn list_disks(&self, _: Request<pb::ListDisksRequest>) -> Answer<pb::ListDisksResponse> {
+        self.read(|m| {
+            Ok(pb::ListDisksResponse {
+                disks: m.disks.clone(),
+            })
+        })
+    }
+    async fn remove_disk(
+        &self,
+        request: Request<pb::RemoveDiskRequest>,
+    ) -> Answer<pb::RemoveDiskResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            m.disks.retain(|d| d.disk_id != request.disk_id);
+            Ok(pb::RemoveDiskResponse {})
+        })
+    }
+    async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::Pool> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            if m.pools.iter().any(|p| p.name == request.name) {
+                return Err(Status::already_exists("pool exists with another spec"));
+            }
+            let pool = pb::Pool {
+                pool_id: vec![3; 16],
+                name: request.name,
+                spec: request.spec,
+                disk_count: m.disks.len() as u32,
+                capacity_bytes: 30 << 30,
+                ..Default::default()
+            };
+            m.pools.push(pool.clone());
+            Ok(pool)
+        })
+    }
+    async fn update_pool(&self, request: Request<pb::UpdatePoolRequest>) -> Answer<pb::Pool> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            let pool = m.pools.iter_mut().find(|p| p.name == request.name);
+            let pool = pool.ok_or_else(|| Status::not_found("no such pool"))?;
+            pool.spec = request.spec;
+            Ok(pool.clone())
+        })
+    }
+    async fn delete_pool(
+        &self,
+        request: Request<pb::DeletePoolRequest>,
+    ) -> Answer<pb::DeletePoolResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            if m.volumes.iter().any(|v| v.pool == request.name) {
+                return Err(Status::failed_precondition("the pool has volumes"));
+            }
+            m.pools.retain(|p| p.name != request.name);
+            Ok(pb::DeletePoolResponse {})
+        })
+    }
+    async fn list_pools(
+        &self,
+        request: Request<pb::ListPoolsRequest>,
+    ) -> Answer<pb::ListPoolsResponse> {
+        let name = request.into_inner().name;
+        self.read(|m| {
+            let pools = m
+                .pools
+                .iter()
+                .filter(|p| name.is_empty() || p.name == name)
+                .cloned()
+                .collect();
+            Ok(pb::ListPoolsResponse { pools })
+        })
+    }
+    async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            if !m.pools.iter().any(|p| p.name == request.pool) {
+                return Err(Status::not_found("no such pool"));
+            }
+            let replicas = m
+                .disks
+                .iter()
+                .map(|d| pb::Replica {
+                    disk_id: d.disk_id.clone(),
+                    state: pb::ReplicaState::InSync as i32,
+                    ..Default::default()
+                })
+                .collect();
+            let volume = pb::Volume {
+                volume_id: vec![m.volumes.len() as u8 + 1; 16],
+                name: request.name,
+                size_bytes: request.size_bytes,
+                pool: request.pool,
+                replicas: 3,
+                min_replicas: 2,
+                groups: vec![pb::Group { replicas }],
+                ..Default::default()
+            };
+            m.volumes.push(volume.clone());
+            Ok(volume)
+        })
+    }
+    async fn get_volume(&self, request: Request<pb::GetVolumeRequest>) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.read(|m| {
+            m.volumes
+                .iter()
+                .find(|v| v.name == request.name || v.volume_id == request.volume_id)
+                .cloned()
+                .ok_or_else(|| Status::not_found("no such volume"))
+        })
+    }
+    async fn list_volumes(
+        &self,
+        request: Request<pb::ListVolumesRequest>,
+    ) -> Answer<pb::ListVolumesResponse> {
+        // One volume per page, so that paging is seen.
+        let token = request.into_inner().page_token;
+        self.read(|m| {
+            let start: usize = token.parse().unwrap_or(0);
+            let volumes: Vec<_> = m.volumes.iter().skip(start).take(1).cloned().collect();
+            let next = start + volumes.len();
+            let next_page_token = if next < m.volumes.len() {
+                next.to_string()
+            } else {
+                String::new()
+            };
+            Ok(pb::ListVolumesResponse {
+                volumes,
+                next_page_token,
+            })
+        })
+    }
+    async fn resize_volume(&self, request: Request<pb::ResizeVolumeRequest>) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            let volume = m
+                .volumes
+                .iter_mut()
+                .find(|v| v.volume_id == request.volume_id);
+            let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+            volume.size_bytes = request.size_bytes;
+            Ok(volume.clone())
+        })
+    }
+    async fn delete_volume(
+        &self,
+        request: Request<pb::DeleteVolumeRequest>,
+    ) -> Answer<pb::DeleteVolumeResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            m.volumes.retain(|v| v.volume_id != request.volume_id);
+            Ok(pb::DeleteVolumeResponse {})
+        })
+    }
+    async fn open_volume(
+        &self,
+        _: Request<pb::OpenVolumeRequest>,
+    ) -> Answer<pb::OpenVolumeResponse> {
+        unused()
+    }
+    async fn close_volume(&self, _: Request<pb::CloseVolumeRequest>) -> Answer<pb::Volume> {
+        unused()
+    }
+    async fn change_replicas(
+        &self,
+        _: Request<pb::ChangeReplicasRequest>,
+    ) -> Answer<pb::ChangeReplicasResponse> {
+        unused()
+    }
+    async fn rebuild_replica(
+        &self,
+        request: Request<pb::RebuildReplicaRequest>,
+    ) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            let volume = m
+                .volumes
+                .iter_mut()
+                .find(|v| v.volume_id == request.volume_id);
+            let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+            let replica = volume
+                .groups
+                .iter_mut()
+                .flat_map(|g| &mut g.replicas)
+                .find(|r| r.disk_id == request.disk_id)
+                .ok_or_else(|| Status::not_found("no such replica"))?;
+            if replica.state() != pb::ReplicaState::Stale {
+                return Err(Status::failed_precondition("the replica is not stale"));
+            }
+            replica.set_state(pb::ReplicaState::InSync);
+            Ok(volume.clone())
+        })
+    }
+    async fn move_replica(&self, request: Request<pb::MoveReplicaRequest>) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |_| {
+            Err(Status::resource_exhausted("no disk of the pool has room"))
+        })
+    }
+
+    type WatchVolumesStream =
+        tokio_stream::wrappers::ReceiverStream<Result<pb::VolumeEvent, Status>>;
+    async fn watch_volumes(
+        &self,
+        _: Request<pb::WatchVolumesRequest>,
+    ) -> Answer<Self::WatchVolumesStream> {
+        unused()
+    }
+}
