@@ -10,6 +10,7 @@ use std::time::Instant;
 use ashlar_platform::reactor::{Event, Reactor, ReactorConfig};
 use bytes::Bytes;
 
+/// Messages in flight; fewer for large ones.
 const DEPTH: usize = 32;
 
 #[derive(Clone)]
@@ -77,7 +78,7 @@ fn run(address: Address, size: usize, messages: usize) {
     let (mut received, mut waits) = (0, 0);
     let (cpu, start) = (cpu_us(), Instant::now());
     let mut events = Vec::new();
-    for _ in 0..DEPTH {
+    for _ in 0..if size > 65536 { DEPTH / 4 } else { DEPTH } {
         reactor.send(conn, message.clone());
     }
     while received < messages {

@@ -60,8 +60,6 @@ const REGISTERED_DISKS: u32 = 64;
 const LINGER: Duration = Duration::from_secs(5);
 /// Pause of a listener after an error such as "too many open files".
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// `IORING_RECVSEND_POLL_FIRST`: do not try before the socket is readable.
-const POLL_FIRST: u16 = 1;
 
 /// What a completion belongs to: the upper byte of the user data; the lower half is a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -583,10 +581,7 @@ impl Reactor {
             if connection.wants_input() {
                 let fd = uring::Fd(connection.descriptor());
                 let (start, length) = connection.input.prepare(&mut self.retired);
-                let poll_first = if connection.more { 0 } else { POLL_FIRST };
-                let entry = opcode::Recv::new(fd, start, length)
-                    .ioprio(poll_first)
-                    .build();
+                let entry = opcode::Recv::new(fd, start, length).build();
                 // SAFETY: the connection keeps the landing part, untouched, and the socket until
                 // completion.
                 unsafe {

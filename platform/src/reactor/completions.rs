@@ -68,7 +68,6 @@ impl Reactor {
         let Some(connection) = self.connections.at(slot) else {
             return;
         };
-        connection.more = io_uring::cqueue::sock_nonempty(completion.flags);
         let outcome = completion.outcome();
         let count = *outcome.as_ref().unwrap_or(&0);
         // SAFETY: this is the completion of the receive that `prepare` was called for.

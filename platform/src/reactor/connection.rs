@@ -53,8 +53,6 @@ pub(super) struct Connection {
     pub finished: bool,
     /// `Closed` was delivered.
     pub reported: bool,
-    /// The socket had more bytes when the last receive ended.
-    pub more: bool,
 }
 
 impl Connection {
@@ -70,7 +68,6 @@ impl Connection {
             dirty: false,
             finished: false,
             reported: false,
-            more: false,
         }
     }
 

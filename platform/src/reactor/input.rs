@@ -32,7 +32,7 @@ pub const RESERVE_MAX: usize = 64 * 1024 * 1024;
 /// Received but unconsumed bytes at which receiving stops by itself.
 pub const INPUT_MAX: usize = RESERVE_MAX + TARGET_MAX;
 /// Used-up allocations that a reactor keeps for reuse, in bytes.
-const RETIRED_BYTES_MAX: usize = 8 * 1024 * 1024;
+const RETIRED_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Retired allocations looked at in search of a free one.
 const RETIRED_SEARCH: usize = 8;
 

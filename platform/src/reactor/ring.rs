@@ -23,7 +23,6 @@ pub(super) struct Completion {
     pub user_data: u64,
     /// Bytes or a descriptor, or a negative error number.
     pub result: i32,
-    pub flags: u32,
 }
 
 impl Completion {
@@ -139,7 +138,6 @@ impl Ring {
         Some(Completion {
             user_data: entry.user_data(),
             result: entry.result(),
-            flags: entry.flags(),
         })
     }
 
