@@ -1,0 +1,198 @@
+//! A cluster of real processes, made and driven by the `ashlar` binary as a user would.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::tools::{binary, wait_until};
+
+/// What a cluster is made of.
+#[derive(Clone, Debug)]
+pub struct ClusterSpec {
+    /// Metadata members.
+    pub members: u32,
+    /// Storage daemons, one disk each.
+    pub daemons: u32,
+    /// Size of each disk, as in `2GiB`.
+    pub disk_size: &'static str,
+    /// Network namespace to run in.
+    pub namespace: Option<String>,
+}
+
+impl Default for ClusterSpec {
+    fn default() -> Self {
+        Self { members: 3, daemons: 3, disk_size: "2GiB", namespace: None }
+    }
+}
+
+/// A running cluster; its processes and files go when it is dropped.
+pub struct Cluster {
+    dir: TempDir,
+    spec: ClusterSpec,
+}
+
+impl Cluster {
+    /// Starts a cluster and waits until it is ready.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn up(spec: ClusterSpec) -> Self {
+        let dir = tempfile::Builder::new().prefix("ashlar-e2e-").tempdir().expect("temp dir");
+        let cluster = Self { dir, spec };
+        cluster.ok(&[
+            "dev",
+            "up",
+            "--members",
+            &cluster.spec.members.to_string(),
+            "--daemons",
+            &cluster.spec.daemons.to_string(),
+            "--disk-size",
+            cluster.spec.disk_size,
+        ]);
+        cluster
+    }
+
+    /// The directory of the cluster's state, disks and logs.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().join("dev")
+    }
+
+    /// A path for a test's own files.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A command that runs in the cluster's network namespace.
+    pub fn command(&self, program: &Path) -> Command {
+        match &self.spec.namespace {
+            None => Command::new(program),
+            Some(namespace) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{namespace}")).arg("--").arg(program);
+                command
+            }
+        }
+    }
+
+    /// Runs `ashlar ARGS`.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn ashlar(&self, args: &[&str]) -> Output {
+        self.command(&binary("ashlar"))
+            .arg("--dir")
+            .arg(self.dir())
+            .args(args)
+            .output()
+            .expect("ashlar starts")
+    }
+
+    /// Runs `ashlar ARGS`, which must succeed; its standard output.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let output = self.ashlar(args);
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "ashlar {args:?} failed ({}):\n{stdout}\n{}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr),
+            self.logs()
+        );
+        stdout
+    }
+
+    /// Runs `ashlar -o json ARGS`, which must succeed.
+    ///
+    /// # Panics
+    /// If it fails or prints no JSON.
+    pub fn json(&self, args: &[&str]) -> serde_json::Value {
+        let mut all = vec!["-o", "json"];
+        all.extend_from_slice(args);
+        let text = self.ok(&all);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}: {text}"))
+    }
+
+    /// Makes the pool `default` (once) and a volume in it.
+    pub fn volume(&self, name: &str, size: &str, replicas: u32) {
+        let pools = self.json(&["pool", "list"]);
+        if pools.as_array().is_none_or(Vec::is_empty) {
+            self.ok(&["pool", "create", "default"]);
+        }
+        let replicas = replicas.to_string();
+        self.ok(&["volume", "create", name, "--size", size, "--replicas", &replicas]);
+    }
+
+    /// Addresses of the metadata members, separated by commas.
+    ///
+    /// # Panics
+    /// If the state file is missing.
+    pub fn metadata(&self) -> String {
+        let state: serde_json::Value = std::fs::read(self.dir().join("state.json"))
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .expect("the cluster has a state file");
+        let base = state["spec"]["base_port"].as_u64().expect("base_port");
+        let members = state["spec"]["members"].as_u64().expect("members");
+        (0..members).map(|m| format!("127.0.0.1:{}", base + m)).collect::<Vec<_>>().join(",")
+    }
+
+    /// States of a volume's replicas, in order.
+    pub fn replica_states(&self, volume: &str) -> Vec<String> {
+        let list = self.json(&["replica", "list", volume]);
+        let rows = list.as_array().cloned().unwrap_or_default();
+        rows.iter().map(|r| r["state"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
+    /// Waits until every replica of a volume is in sync.
+    ///
+    /// # Panics
+    /// If that takes longer than `limit`.
+    pub fn wait_redundant(&self, volume: &str, limit: Duration) {
+        wait_until("full redundancy", limit, || {
+            let states = self.replica_states(volume);
+            (!states.is_empty() && states.iter().all(|s| s.replace('_', "-") == "in-sync")).then_some(())
+        });
+    }
+
+    /// Number (from 1) of the metadata member that leads.
+    ///
+    /// # Panics
+    /// If there is none within ten seconds.
+    pub fn leader(&self) -> u64 {
+        wait_until("a metadata leader", Duration::from_secs(10), || {
+            let output = self.ashlar(&["-o", "json", "cluster", "status"]);
+            let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+            status["leader_id"].as_u64().filter(|id| *id != 0)
+        })
+    }
+
+    /// The end of every process's log.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        let Ok(entries) = std::fs::read_dir(self.dir().join("logs")) else { return text };
+        for entry in entries.flatten() {
+            let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            let tail: Vec<_> = log.lines().rev().take(15).collect();
+            text.push_str(&format!("--- {}\n", entry.path().display()));
+            for line in tail.iter().rev() {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        text
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        let _ = self.ashlar(&["dev", "down", "--purge"]);
+    }
+}

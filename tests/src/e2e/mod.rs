@@ -1,0 +1,16 @@
+//! End-to-end tests: real processes, real sockets, real disks (files), real clients.
+//!
+//! Invariants: everything a test starts lives in its own temporary directory and dies with the test;
+//! nothing listens beyond loopback or the test's own network namespace; a tool that is missing skips
+//! its test with a loud line, and fails it under CI=true.
+
+mod cluster;
+mod export;
+mod nbd;
+mod tools;
+pub mod uml;
+
+pub use cluster::{Cluster, ClusterSpec};
+pub use export::Export;
+pub use nbd::{BlockNumber, NbdClient};
+pub use tools::{binary, have, run, run_ok, wait_until};
