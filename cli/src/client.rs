@@ -90,11 +90,6 @@ impl Metadata {
         })
     }
 
-    /// The endpoints, as given.
-    pub fn endpoints(&self) -> &[String] {
-        &self.endpoints
-    }
-
     /// Asks the cluster, with failover. `doing` says what for, as in "create the pool".
     pub async fn call<Q, A, F>(&mut self, doing: &str, request: Q, ask: F) -> Result<A>
     where

@@ -1,6 +1,8 @@
 //! Generated gRPC clients, servers and messages. One module per package.
 #![expect(
     clippy::all,
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
     missing_docs,
     reason = "generated code; the .proto files are the documentation"
 )]

@@ -124,7 +124,7 @@ impl VolumeView {
         if groups.is_empty() {
             return Err(bad("groups"));
         }
-        if volume.size_bytes % crate::ids::BLOCK_SIZE as u64 != 0 {
+        if !volume.size_bytes.is_multiple_of(crate::ids::BLOCK_SIZE as u64) {
             return Err(bad("size_bytes"));
         }
         let mut endpoints = BTreeMap::new();

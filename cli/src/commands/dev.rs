@@ -90,7 +90,7 @@ impl UpArgs {
             disk_size_bytes: self.disk_size.unwrap_or(DISK_SIZE_DEFAULT),
             base_port: self.base_port.unwrap_or(0),
         };
-        if spec.members % 2 == 0 {
+        if spec.members.is_multiple_of(2) {
             return Err(CliError::usage("a Raft cluster has 1, 3 or 5 members"));
         }
         if spec.disk_size_bytes < DISK_SIZE_MIN {
