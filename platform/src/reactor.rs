@@ -461,8 +461,13 @@ impl Reactor {
     /// If there is no such disk.
     pub fn disk(&mut self, disk: DiskIndex, command: DiskCommand) {
         let operation = Operation::new(disk.0, &self.disks[disk.0].file, command, &self.pool);
-        let (slot, _) = self.operations.insert(operation);
-        self.submit_disk(slot);
+        match operation {
+            Ok(operation) => {
+                let (slot, _) = self.operations.insert(operation);
+                self.submit_disk(slot);
+            }
+            Err(completion) => self.ready.push(Event::Disk { disk, completion }),
+        }
     }
 
     fn submit_disk(&mut self, slot: u32) {

@@ -659,3 +659,99 @@ fn a_reactor_can_be_dropped_with_everything_in_flight() {
         std::fs::remove_file(path).unwrap();
     }
 }
+
+#[test]
+fn connections_beyond_the_limit_wait_to_be_accepted() {
+    let config = ReactorConfig {
+        connections_max: 2,
+        ..ReactorConfig::default()
+    };
+    let mut reactor = Reactor::new(config).unwrap();
+    let (_, address) = reactor.listen_tcp(LOCAL).unwrap();
+    let clients: Vec<_> = (0..3)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
+    let mut accepted = Vec::new();
+    until(&mut reactor, |_, event| {
+        if let Event::Accepted { conn, .. } = event {
+            accepted.push(conn);
+        }
+        (accepted.len() == 2).then_some(())
+    });
+    let (mut events, deadline) = (Vec::new(), reactor.now().after(Duration::from_millis(20)));
+    reactor.wait(Some(deadline), &mut events).unwrap();
+    assert!(events.is_empty(), "{events:?}");
+    let refused = reactor.connect_tcp(address);
+    assert!(closed(&mut reactor, refused).is_some());
+    reactor.close(accepted[0]);
+    until(&mut reactor, |_, event| {
+        matches!(event, Event::Accepted { .. }).then_some(())
+    });
+    drop(clients);
+}
+
+#[test]
+fn a_closed_listener_accepts_nothing() {
+    let mut reactor = reactor();
+    let (listener, address) = reactor.listen_tcp(LOCAL).unwrap();
+    let (mut events, deadline) = (Vec::new(), reactor.now().after(Duration::from_millis(1)));
+    reactor.wait(Some(deadline), &mut events).unwrap();
+    reactor.close_listener(listener);
+    reactor.close_listener(listener);
+    let patience = reactor.now().after(PATIENCE);
+    loop {
+        let deadline = reactor.now().after(Duration::from_millis(1));
+        reactor.wait(Some(deadline), &mut events).unwrap();
+        assert!(reactor.now() < patience && events.is_empty(), "{events:?}");
+        if TcpStream::connect(address).is_err() {
+            break;
+        }
+    }
+}
+
+#[test]
+fn empty_disk_commands_succeed_and_misplaced_ones_fail() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut reactor = reactor();
+    let Some(disk) = disk(&mut reactor, &directory, 1 << 20) else {
+        return;
+    };
+    reactor.disk(
+        disk,
+        DiskCommand::Read {
+            token: IoToken(1),
+            offset: 0,
+            length: 0,
+        },
+    );
+    reactor.disk(
+        disk,
+        DiskCommand::Write {
+            token: IoToken(2),
+            offset: 0,
+            data: smallvec![],
+        },
+    );
+    reactor.disk(
+        disk,
+        DiskCommand::Read {
+            token: IoToken(3),
+            offset: 100,
+            length: 4096,
+        },
+    );
+    let odd = smallvec![Bytes::from_static(b"no sector")];
+    reactor.disk(
+        disk,
+        DiskCommand::Write {
+            token: IoToken(4),
+            offset: 0,
+            data: odd,
+        },
+    );
+    let done = completions(&mut reactor, 4);
+    assert!(
+        done[&1].is_ok() && done[&2].is_ok() && done[&3].is_err() && done[&4].is_err(),
+        "{done:?}"
+    );
+}

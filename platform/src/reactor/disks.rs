@@ -81,43 +81,52 @@ fn descriptor(file: &DiskFile) -> RawFd {
 }
 
 impl Operation {
-    pub fn new(disk: usize, file: &DiskFile, command: DiskCommand, pool: &BufferPool) -> Self {
-        let (token, offset, length, work) = match command {
+    /// An operation, or at once the completion of a command that is not in whole sectors (the kernel would
+    /// refuse it or, worse, quietly go through the page cache).
+    pub fn new(
+        disk: usize,
+        file: &DiskFile,
+        command: DiskCommand,
+        pool: &BufferPool,
+    ) -> Result<Self, DiskCompletion> {
+        let (token, offset, length) = match &command {
             DiskCommand::Read {
                 token,
                 offset,
                 length,
-            } => (token, offset, length, Work::Read(pool.take(length))),
+            } => (*token, *offset, *length),
             DiskCommand::Write {
                 token,
                 offset,
                 data,
-            } => {
-                let length = data.iter().map(Bytes::len).sum();
-                (
-                    token,
-                    offset,
-                    length,
-                    Work::Write(aligned(file, data, length, pool)),
-                )
-            }
-            DiskCommand::Sync { token } => (token, 0, 0, Work::Sync),
-            DiskCommand::Discard {
-                token,
-                offset,
-                length,
-            } => (token, offset, 0, Work::Discard { length }),
+            } => (*token, *offset, data.iter().map(Bytes::len).sum()),
+            DiskCommand::Discard { token, offset, .. } => (*token, *offset, 0),
+            DiskCommand::Sync { token } => (*token, 0, 0),
         };
-        Self {
+        let sector = file.logical_sector() as usize;
+        if !(offset.is_multiple_of(sector as u64) && length.is_multiple_of(sector)) {
+            let message =
+                format!("{length} bytes at {offset} are not in whole sectors of {sector}");
+            let result = Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            return Err(DiskCompletion { token, result });
+        }
+        let work = match command {
+            DiskCommand::Read { .. } => Work::Read(pool.take(length)),
+            DiskCommand::Write { data, .. } => Work::Write(aligned(file, data, length, pool)),
+            DiskCommand::Discard { length, .. } => Work::Discard { length },
+            DiskCommand::Sync { .. } => Work::Sync,
+        };
+        let (done, continuations, vectors) = (0, 0, Vec::new());
+        Ok(Self {
             disk,
             token,
             work,
             offset,
             length,
-            done: 0,
-            continuations: 0,
-            vectors: Vec::new(),
-        }
+            done,
+            continuations,
+            vectors,
+        })
     }
 
     /// The entry for what remains to be done. It names memory of this operation, which must live in
@@ -137,14 +146,14 @@ impl Operation {
                 .build())
             }
             Work::Write(data) => {
-                fill_vectors(&mut self.vectors, data, self.done);
-                if let [only] = self.vectors[..] {
-                    let length = only.iov_len.min(TRANSFER_MAX) as u32;
-                    let start = only.iov_base.cast_const().cast();
+                if let [only] = &data[..] {
+                    let rest = &only[self.done..];
+                    let (start, length) = (rest.as_ptr(), rest.len().min(TRANSFER_MAX) as u32);
                     return entry!(disk, |file| opcode::Write::new(file, start, length)
                         .offset(offset)
                         .build());
                 }
+                fill_vectors(&mut self.vectors, data, self.done);
                 let (start, count) = (self.vectors.as_ptr(), self.vectors.len() as u32);
                 entry!(disk, |file| opcode::Writev::new(file, start, count)
                     .offset(offset)

@@ -21,6 +21,8 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 3;
+/// What a unix socket takes before its peer reads, in bytes.
+const UNIX_SEND_BUFFER: usize = 1024 * 1024;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -119,6 +121,9 @@ pub(super) fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<(
     rustix::io::ioctl_fionbio(socket, false)?;
     let address = getsockname(socket)?;
     if address.address_family() == AddressFamily::UNIX {
+        // Large messages need fewer turns; without the privilege the system's limit applies.
+        let _ = sockopt::set_socket_send_buffer_size_force(socket, UNIX_SEND_BUFFER)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_BUFFER));
         return Ok(());
     }
     sockopt::set_tcp_nodelay(socket, true)?;
