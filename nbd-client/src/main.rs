@@ -1,2 +1,176 @@
-//! Entry point.
-fn main() {}
+//! `nbd-client`: serves volumes over NBD, and shows what it is doing.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use nbd_client::client::{Endpoint, Outcome, ServeConfig, VolumeSpec, serve, stats};
+use tracing_subscriber::EnvFilter;
+
+/// Volume client of an Ashlar cluster.
+#[derive(Parser, Debug)]
+#[command(version, about)]
+struct Arguments {
+    /// What to log: error, warn, info, debug, trace, or a filter such as `nbd_client=debug`.
+    #[arg(long, global = true, env = "ASHLAR_LOG", default_value = "info")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Open volumes and serve them over NBD.
+    Serve(Serve),
+    /// Show the statistics of a running `serve` as JSON.
+    Stats(Stats),
+}
+
+#[derive(Args, Debug)]
+struct Serve {
+    /// Metadata members, `host:port`.
+    #[arg(long, env = "ASHLAR_METADATA", value_delimiter = ',', required = true)]
+    metadata: Vec<String>,
+    /// A volume, followed by where to serve it: --socket or --listen. May be repeated.
+    #[arg(long, value_name = "NAME", required = true)]
+    volume: Vec<String>,
+    /// Serve the volume before it on this unix socket (mode 0600).
+    #[arg(long, value_name = "PATH")]
+    socket: Vec<PathBuf>,
+    /// Serve the volume before it on this TCP address.
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Refuse writes.
+    #[arg(long)]
+    read_only: bool,
+    /// Take the volumes over from clients that hold them: those are fenced and stop.
+    #[arg(long)]
+    force: bool,
+    /// Reactor threads; volumes are spread over them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: u16,
+    /// Name of the node of the storage daemon on this machine: its replicas are read first.
+    #[arg(long, env = "ASHLAR_NODE")]
+    node: Option<String>,
+    /// Serve statistics on this unix socket: one JSON line per line received.
+    #[arg(long, value_name = "PATH")]
+    stats_socket: Option<PathBuf>,
+    /// Seconds for an orderly end after SIGTERM.
+    #[arg(long, default_value_t = 10)]
+    close_timeout: u64,
+}
+
+#[derive(Args, Debug)]
+struct Stats {
+    /// The socket given to `serve --stats-socket`.
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Start the longest times anew afterwards.
+    #[arg(long)]
+    reset: bool,
+}
+
+fn main() -> ExitCode {
+    let matches = Arguments::command().get_matches();
+    let result = Arguments::from_arg_matches(&matches).map_err(anyhow::Error::from).and_then(
+        |arguments| {
+            start_log(&arguments.log)?;
+            match arguments.command {
+                Command::Serve(options) => {
+                    let pairs = pair(&matches, &options)?;
+                    run_serve(options, pairs)
+                }
+                Command::Stats(options) => run_stats(&options),
+            }
+        },
+    );
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("nbd-client: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).context("--log")?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}
+
+/// Pairs each --volume with the --socket or --listen that follows it.
+fn pair(matches: &clap::ArgMatches, options: &Serve) -> anyhow::Result<Vec<VolumeSpec>> {
+    let Some((_, serve)) = matches.subcommand() else { bail!("no command") };
+    let positions = |name: &str| serve.indices_of(name).into_iter().flatten();
+    let mut places: Vec<(usize, Endpoint)> = Vec::new();
+    places.extend(positions("socket").zip(options.socket.iter().cloned().map(Endpoint::Unix)));
+    places.extend(positions("listen").zip(options.listen.iter().copied().map(Endpoint::Tcp)));
+    places.sort_by_key(|(at, _)| *at);
+    let volumes: Vec<(usize, &String)> = positions("volume").zip(&options.volume).collect();
+    if volumes.len() > usize::from(u16::MAX) - 1 {
+        bail!("too many volumes");
+    }
+    let mut pairs = Vec::with_capacity(volumes.len());
+    for (number, (at, name)) in volumes.iter().enumerate() {
+        let end = volumes.get(number + 1).map_or(usize::MAX, |(next, _)| *next);
+        let mut own = places.iter().filter(|(place, _)| place > at && *place < end);
+        let (Some((_, endpoint)), None) = (own.next(), own.next()) else {
+            bail!("--volume {name} must be followed by one --socket or --listen");
+        };
+        pairs.push(VolumeSpec { name: (*name).clone(), endpoint: endpoint.clone() });
+    }
+    if pairs.len() != places.len() {
+        bail!("a --socket or --listen stands before the first --volume");
+    }
+    Ok(pairs)
+}
+
+fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCode> {
+    let config = ServeConfig {
+        metadata: options.metadata,
+        volumes,
+        read_only: options.read_only,
+        force: options.force,
+        threads: usize::from(options.threads),
+        node: options.node,
+        stats_socket: options.stats_socket,
+        close_timeout: Duration::from_secs(options.close_timeout),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let mut terminate =
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+        };
+        anyhow::Ok(serve(config, shutdown).await?)
+    })?;
+    Ok(match outcome {
+        Outcome::Closed => ExitCode::SUCCESS,
+        Outcome::TimedOut(names) => {
+            let names = names.join(", ");
+            eprintln!("nbd-client: not closed in time: {names}; the next open reconciles");
+            ExitCode::FAILURE
+        }
+        Outcome::NothingLeft(why) => {
+            eprintln!("nbd-client: {why}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn run_stats(options: &Stats) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let statistics = runtime
+        .block_on(stats::ask(&options.socket, options.reset))
+        .with_context(|| format!("ask {}", options.socket.display()))?;
+    println!("{}", serde_json::to_string_pretty(&statistics)?);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,589 @@
+//! One volume on a worker: its engine, its listener and the NBD clients that are connected to it.
+//!
+//! Invariants:
+//! - Requests are taken off a connection only while the engine is accepting, the connection has fewer
+//!   than [`REQUESTS_MAX`] of them under way and its client takes its replies; else receiving is paused.
+//!   So memory per volume is bounded by the engine's budget and the receive buffers.
+//! - After the engine has stopped, nothing is sent to any client.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use ashlar_platform::clock::Time;
+use ashlar_platform::reactor::{ConnId, ListenerId, Reactor};
+use ashlar_proto::ids::VolumeId;
+use ashlar_proto::volume::VolumeView;
+use ashlar_proto::wire::Payload;
+use bytes::Bytes;
+
+use super::engine_trait::VolumeEngine;
+use super::messages::{Endpoint, VolumeSetup};
+use super::requests::{Kind, Requests, part_end};
+use crate::engine::{
+    ClientError, ClientOp, ClientReply, ClientRequest, SessionCommand, SessionEvent,
+};
+use crate::nbd::{self, Command, Incoming, MAX_PART_LENGTH, ZEROES};
+
+/// Requests under way on one connection.
+const REQUESTS_MAX: u32 = 1024;
+/// Connections to one volume.
+const PEERS_MAX: usize = 64;
+/// Bytes that a client has not taken, above which its requests wait.
+const SEND_QUEUE_MAX: usize = 4 * 1024 * 1024;
+/// Payloads above this are announced to the reactor, to be received in one piece.
+const RESERVE_ABOVE: usize = 4096;
+/// Time for a handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A request whose parts are given to the engine one by one, as it accepts them.
+#[derive(Debug)]
+enum Splitting {
+    Read {
+        slot: u32,
+        next: u64,
+        end: u64,
+    },
+    Zeroes {
+        slot: u32,
+        next: u64,
+        end: u64,
+        fua: bool,
+    },
+}
+
+impl Splitting {
+    fn slot(&self) -> u32 {
+        match self {
+            Self::Read { slot, .. } | Self::Zeroes { slot, .. } => *slot,
+        }
+    }
+}
+
+/// One NBD client.
+#[derive(Debug)]
+struct Peer {
+    protocol: nbd::Connection,
+    in_flight: u32,
+    /// Slot of a write whose later parts are still arriving.
+    writing: Option<u32>,
+    splitting: Option<Splitting>,
+    stalled: bool,
+    leaving: bool,
+    dirty: bool,
+}
+
+/// A volume and its clients.
+pub(super) struct Export {
+    pub index: usize,
+    pub volume: VolumeId,
+    pub info: nbd::Export,
+    pub endpoint: Endpoint,
+    pub listener: Option<ListenerId>,
+    pub serving: bool,
+    pub commands: Vec<SessionCommand>,
+    pub view: Option<VolumeView>,
+    pub requests: Requests,
+    /// On the worker's list of volumes to look at.
+    pub touched: bool,
+    /// In the worker's timers.
+    pub deadline: Option<Time>,
+    engine: Box<dyn VolumeEngine + Send>,
+    /// Clients that connected before the volume was open.
+    waiting: VecDeque<ConnId>,
+    peers: BTreeMap<ConnId, Peer>,
+    stalled: VecDeque<ConnId>,
+    dirty: Vec<ConnId>,
+    handshakes: VecDeque<(Time, ConnId)>,
+    /// Shutting down: no request is taken any more, connections end when theirs are done.
+    draining: Option<Time>,
+    close_asked: bool,
+    /// Connections that ended here, for the worker to forget.
+    pub gone: Vec<ConnId>,
+}
+
+impl Export {
+    pub fn new(setup: VolumeSetup) -> Self {
+        Self {
+            index: setup.index,
+            volume: setup.volume,
+            info: nbd::Export {
+                description: format!("Ashlar volume {}", setup.name),
+                name: setup.name,
+                size_bytes: 0,
+                read_only: setup.read_only,
+            },
+            endpoint: setup.endpoint,
+            listener: None,
+            serving: false,
+            commands: Vec::new(),
+            view: None,
+            requests: Requests::default(),
+            touched: false,
+            deadline: None,
+            engine: setup.engine,
+            waiting: VecDeque::new(),
+            peers: BTreeMap::new(),
+            stalled: VecDeque::new(),
+            dirty: Vec::new(),
+            handshakes: VecDeque::new(),
+            draining: None,
+            close_asked: false,
+            gone: Vec::new(),
+        }
+    }
+
+    /// Feeds the engine.
+    pub fn step(&mut self, now: Time, event: SessionEvent) {
+        match &event {
+            SessionEvent::Granted { view, .. }
+            | SessionEvent::ConfigChanged(view)
+            | SessionEvent::ChangeAnswer { view, .. }
+                if self
+                    .view
+                    .as_ref()
+                    .is_none_or(|known| known.revision <= view.revision) =>
+            {
+                self.view = Some(view.as_ref().clone());
+            }
+            _ => {}
+        }
+        self.engine.step(now, event, &mut self.commands);
+    }
+
+    pub fn engine(&self) -> &dyn VolumeEngine {
+        self.engine.as_ref()
+    }
+
+    pub fn peer_count(&self) -> usize {
+        self.peers.len() + self.waiting.len()
+    }
+
+    /// When this volume needs to be looked at without an event.
+    pub fn next_deadline(&self) -> Option<Time> {
+        let handshake = self.handshakes.front().map(|(at, _)| *at);
+        [self.engine.next_deadline(), handshake, self.draining]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Time limits that have passed.
+    pub fn tick(&mut self, now: Time, reactor: &mut Reactor) {
+        if self.engine.next_deadline().is_some_and(|at| at <= now) {
+            self.engine
+                .step(now, SessionEvent::Tick, &mut self.commands);
+        }
+        while let Some((at, conn)) = self.handshakes.front().copied()
+            && at <= now
+        {
+            self.handshakes.pop_front();
+            if self
+                .peers
+                .get(&conn)
+                .is_some_and(|p| p.protocol.in_handshake())
+            {
+                tracing::info!(
+                    volume = self.info.name,
+                    "a client did not finish its handshake"
+                );
+                self.drop_peer(conn, reactor);
+            }
+        }
+        if self.draining.is_some_and(|until| until <= now) {
+            self.draining = Some(Time(u64::MAX));
+            self.drop_all(reactor);
+        }
+    }
+
+    /// A client has connected; false if there are too many.
+    pub fn accept(&mut self, now: Time, conn: ConnId, reactor: &mut Reactor) -> bool {
+        if self.peer_count() >= PEERS_MAX || self.draining.is_some() {
+            reactor.close(conn);
+            return false;
+        }
+        if self.serving {
+            self.greet(now, conn);
+        } else {
+            reactor.pause_receive(conn);
+            self.waiting.push_back(conn);
+        }
+        true
+    }
+
+    fn greet(&mut self, now: Time, conn: ConnId) {
+        let peer = Peer {
+            protocol: nbd::Connection::new(),
+            in_flight: 0,
+            writing: None,
+            splitting: None,
+            stalled: false,
+            leaving: false,
+            dirty: true,
+        };
+        self.peers.insert(conn, peer);
+        self.dirty.push(conn);
+        self.handshakes
+            .push_back((now.after(HANDSHAKE_TIMEOUT), conn));
+    }
+
+    /// The volume is open: clients that wait are greeted.
+    pub fn start_serving(&mut self, now: Time, size_bytes: u64, reactor: &mut Reactor) {
+        self.info.size_bytes = size_bytes;
+        self.serving = true;
+        while let Some(conn) = self.waiting.pop_front() {
+            self.greet(now, conn);
+            reactor.resume_receive(conn);
+        }
+    }
+
+    /// Takes requests off a connection's input, as many as back-pressure allows.
+    pub fn pump(&mut self, now: Time, conn: ConnId, reactor: &mut Reactor) {
+        loop {
+            let Some(peer) = self.peers.get_mut(&conn) else {
+                return;
+            };
+            if peer.leaving {
+                reactor.input(conn).clear();
+                break;
+            }
+            if !self.engine.accepting()
+                || peer.in_flight >= REQUESTS_MAX
+                || self.draining.is_some()
+                || reactor.send_queued_bytes(conn) > SEND_QUEUE_MAX
+            {
+                if !peer.stalled {
+                    peer.stalled = true;
+                    reactor.pause_receive(conn);
+                    self.stalled.push_back(conn);
+                }
+                break;
+            }
+            if peer.splitting.is_some() {
+                self.next_part(now, conn);
+                continue;
+            }
+            match peer.protocol.receive(reactor.input(conn), &self.info) {
+                Ok(Some(Incoming::Request(request))) => self.begin(now, conn, request),
+                Ok(Some(Incoming::Disconnect)) => peer.leaving = true,
+                Ok(None) => {
+                    let wanted = peer.protocol.wanted();
+                    if wanted > RESERVE_ABOVE {
+                        reactor.reserve(conn, wanted);
+                    }
+                    break;
+                }
+                Err(error) => {
+                    tracing::warn!(volume = self.info.name, %error, "closing an NBD connection");
+                    self.drop_peer(conn, reactor);
+                    return;
+                }
+            }
+        }
+        self.mark_dirty(conn);
+    }
+
+    fn mark_dirty(&mut self, conn: ConnId) {
+        if let Some(peer) = self.peers.get_mut(&conn)
+            && !peer.dirty
+            && (peer.leaving || !peer.protocol.output().is_empty())
+        {
+            peer.dirty = true;
+            self.dirty.push(conn);
+        }
+    }
+
+    /// Lets stalled connections go on, in turn. True if any request was taken.
+    pub fn pump_stalled(&mut self, now: Time, reactor: &mut Reactor) -> bool {
+        let before = self.commands.len();
+        let mut progress = false;
+        for _ in 0..self.stalled.len() {
+            if !self.engine.accepting() || self.draining.is_some() {
+                break;
+            }
+            let Some(conn) = self.stalled.pop_front() else {
+                break;
+            };
+            let Some(peer) = self.peers.get_mut(&conn) else {
+                continue;
+            };
+            peer.stalled = false;
+            let in_flight = self.requests.len();
+            self.pump(now, conn, reactor);
+            if self.peers.get(&conn).is_some_and(|p| !p.stalled) {
+                reactor.resume_receive(conn);
+            }
+            progress |= self.requests.len() != in_flight;
+        }
+        progress || self.commands.len() != before
+    }
+
+    /// Hands a request to the engine, or its first part.
+    fn begin(&mut self, now: Time, conn: ConnId, request: nbd::Request) {
+        let nbd::Request {
+            cookie,
+            style,
+            command,
+        } = request;
+        let Some(peer) = self.peers.get_mut(&conn) else {
+            return;
+        };
+        let kind = match &command {
+            Command::Read { offset, length } => Kind::Read {
+                offset: *offset,
+                length: *length,
+            },
+            Command::BlockStatus { length, one, .. } => Kind::Status {
+                length: *length,
+                one: *one,
+            },
+            _ => Kind::Plain,
+        };
+        let slot = match peer.writing {
+            Some(slot) if matches!(command, Command::Write { first: false, .. }) => slot,
+            _ => {
+                peer.in_flight += 1;
+                self.requests.begin(now, conn, cookie, style, kind)
+            }
+        };
+        let mut last = true;
+        let op = match command {
+            Command::Read { offset, length } if length <= MAX_PART_LENGTH => {
+                ClientOp::Read { offset, length }
+            }
+            Command::Read { offset, length } => {
+                let end = offset + u64::from(length);
+                peer.splitting = Some(Splitting::Read {
+                    slot,
+                    next: offset,
+                    end,
+                });
+                return;
+            }
+            Command::WriteZeroes {
+                offset,
+                length,
+                fua,
+                no_hole: true,
+            } => {
+                let end = offset + u64::from(length);
+                peer.splitting = Some(Splitting::Zeroes {
+                    slot,
+                    next: offset,
+                    end,
+                    fua,
+                });
+                return;
+            }
+            Command::Write {
+                offset,
+                data,
+                fua,
+                last: is_last,
+                ..
+            } => {
+                last = is_last;
+                peer.writing = (!last).then_some(slot);
+                ClientOp::Write {
+                    offset,
+                    data: Payload::from_iter([data]),
+                    fua,
+                }
+            }
+            Command::Flush => ClientOp::Flush,
+            Command::Trim {
+                offset,
+                length,
+                fua,
+            } => ClientOp::Trim {
+                offset,
+                length: u64::from(length),
+                fua,
+            },
+            Command::WriteZeroes {
+                offset,
+                length,
+                fua,
+                no_hole: false,
+            } => ClientOp::WriteZeroes {
+                offset,
+                length: u64::from(length),
+                fua,
+            },
+            Command::BlockStatus { offset, length, .. } => ClientOp::BlockStatus {
+                offset,
+                length: u64::from(length),
+            },
+        };
+        self.submit(now, slot, last, op);
+    }
+
+    fn submit(&mut self, now: Time, slot: u32, last: bool, op: ClientOp) {
+        let tag = self.requests.part(slot, last);
+        let event = SessionEvent::Client(ClientRequest { tag, op });
+        self.engine.step(now, event, &mut self.commands);
+    }
+
+    fn next_part(&mut self, now: Time, conn: ConnId) {
+        let Some(peer) = self.peers.get_mut(&conn) else {
+            return;
+        };
+        let (slot, op, last) = match peer.splitting.as_mut() {
+            Some(Splitting::Read { slot, next, end }) => {
+                let offset = *next;
+                *next = part_end(offset, *end);
+                let length = (*next - offset) as u32;
+                (*slot, ClientOp::Read { offset, length }, next == end)
+            }
+            Some(Splitting::Zeroes {
+                slot,
+                next,
+                end,
+                fua,
+            }) => {
+                let offset = *next;
+                *next = part_end(offset, *end);
+                let data = zeroes((*next - offset) as usize);
+                (
+                    *slot,
+                    ClientOp::Write {
+                        offset,
+                        data,
+                        fua: *fua,
+                    },
+                    next == end,
+                )
+            }
+            None => return,
+        };
+        if last {
+            peer.splitting = None;
+        }
+        self.submit(now, slot, last, op);
+    }
+
+    /// The engine has answered.
+    pub fn reply(&mut self, now: Time, tag: u64, result: Result<ClientReply, ClientError>) {
+        let conn = self.requests.connection_of(tag);
+        let mut peer = conn.and_then(|conn| self.peers.get_mut(&conn));
+        let protocol = peer.as_mut().map(|p| &mut p.protocol);
+        let done = self.requests.finish_part(now, tag, result, protocol);
+        if let (Some(peer), Some(conn)) = (peer, conn) {
+            peer.in_flight -= u32::from(done);
+            if !peer.dirty {
+                peer.dirty = true;
+                self.dirty.push(conn);
+            }
+        }
+    }
+
+    /// Hands replies to the reactor, and ends connections that have nothing left to do.
+    pub fn flush(&mut self, reactor: &mut Reactor) {
+        for conn in std::mem::take(&mut self.dirty) {
+            let Some(peer) = self.peers.get_mut(&conn) else {
+                continue;
+            };
+            peer.dirty = false;
+            for bytes in peer.protocol.output().drain() {
+                reactor.send(conn, bytes);
+            }
+            if (peer.leaving || self.draining.is_some()) && peer.in_flight == 0 {
+                // Spec, NBD_CMD_DISC: outstanding requests are handled first; there is no reply.
+                self.peers.remove(&conn);
+                self.gone.push(conn);
+                reactor.close_after_send(conn);
+            }
+        }
+    }
+
+    /// A connection is gone.
+    pub fn closed(&mut self, conn: ConnId) {
+        self.waiting.retain(|c| *c != conn);
+        if let Some(peer) = self.peers.remove(&conn) {
+            for slot in [peer.writing, peer.splitting.map(|s| s.slot())]
+                .into_iter()
+                .flatten()
+            {
+                self.requests.abandon(slot);
+            }
+        }
+    }
+
+    fn drop_peer(&mut self, conn: ConnId, reactor: &mut Reactor) {
+        self.closed(conn);
+        self.gone.push(conn);
+        reactor.close(conn);
+    }
+
+    fn drop_all(&mut self, reactor: &mut Reactor) {
+        let conns: Vec<ConnId> = self.peers.keys().chain(&self.waiting).copied().collect();
+        for conn in conns {
+            self.drop_peer(conn, reactor);
+        }
+    }
+
+    /// Shuts down: no new requests; those under way are answered until `until`.
+    pub fn drain(&mut self, until: Time, reactor: &mut Reactor) {
+        self.draining = Some(until);
+        self.close_listener(reactor);
+        while let Some(conn) = self.waiting.front().copied() {
+            self.drop_peer(conn, reactor);
+        }
+        let peers: Vec<(ConnId, Option<u32>, Option<u32>)> = self
+            .peers
+            .iter_mut()
+            .map(|(conn, peer)| {
+                let splitting = peer.splitting.take().map(|s| s.slot());
+                (*conn, peer.writing.take(), splitting)
+            })
+            .collect();
+        for (conn, writing, splitting) in peers {
+            reactor.pause_receive(conn);
+            // A request of which parts are missing will never be answered: its connection ends without.
+            if writing.is_some() || splitting.is_some() {
+                self.requests.abandon_all([writing, splitting]);
+                self.drop_peer(conn, reactor);
+            } else if let Some(peer) = self.peers.get_mut(&conn)
+                && !peer.dirty
+            {
+                peer.dirty = true;
+                self.dirty.push(conn);
+            }
+        }
+    }
+
+    /// While shutting down: whether the engine is now to be closed (true once).
+    pub fn wants_close(&mut self) -> bool {
+        let ready = self.draining.is_some() && self.peers.is_empty() && !self.close_asked;
+        self.close_asked |= ready;
+        ready
+    }
+
+    fn close_listener(&mut self, reactor: &mut Reactor) {
+        if let Some(listener) = self.listener.take() {
+            reactor.close_listener(listener);
+            if let Endpoint::Unix(path) = &self.endpoint
+                && let Err(error) = std::fs::remove_file(path)
+            {
+                tracing::warn!(path = %path.display(), %error, "cannot remove a socket file");
+            }
+        }
+    }
+
+    /// The engine has stopped: every connection is dropped without a reply.
+    pub fn stop(&mut self, reactor: &mut Reactor) {
+        self.close_listener(reactor);
+        self.drop_all(reactor);
+    }
+}
+
+/// Zero bytes that take no memory.
+fn zeroes(length: usize) -> Payload {
+    let mut left = length;
+    let mut payload = Payload::new();
+    while left > 0 {
+        let part = left.min(ZEROES.len());
+        payload.push(Bytes::from_static(&ZEROES[..part]));
+        left -= part;
+    }
+    payload
+}

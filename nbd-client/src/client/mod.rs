@@ -1,0 +1,30 @@
+//! Threads, connections and metadata access around the session engine and the NBD codec.
+//!
+//! - `worker`: one reactor thread; owns its volumes, their NBD connections and its replica connections.
+//! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `requests`: the NBD
+//!   requests under way.
+//! - `links`: the worker's connections to disks, shared by its volumes.
+//! - `control`: the tokio side: starts everything, answers the workers' questions. `metadata`: gRPC with
+//!   failover. `stats`: the statistics socket.
+//!
+//! Invariants:
+//! - A volume, its NBD connections and its engine live on one worker for good; nothing of them is shared
+//!   between threads. Threads talk by bounded channels and wakers only.
+//! - Payloads are never copied: what an NBD client sent is a slice of the receive buffer until it has
+//!   left for the replicas, and the other way round for reads.
+//! - A fenced or stopped volume gives no error replies: its connections are dropped.
+
+mod control;
+mod engine_trait;
+mod export;
+mod links;
+mod messages;
+mod metadata;
+mod requests;
+pub mod stats;
+mod worker;
+
+pub use control::{Outcome, ServeConfig, ServeError, VolumeSpec, serve};
+pub use engine_trait::VolumeEngine;
+pub use messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
+pub use worker::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};

@@ -1,0 +1,134 @@
+//! Statistics: JSON lines on a unix socket. Each line received is a command, `stats` or `reset` (stats,
+//! and then the longest times start anew); each is answered by one line.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+
+/// Longest command line.
+const COMMAND_MAX: u64 = 256;
+
+/// One line of answer.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct Statistics {
+    /// The process.
+    pub pid: u32,
+    /// Its volumes, in the order of the command line.
+    pub volumes: Vec<VolumeStats>,
+}
+
+/// Figures of one volume since it was opened. Times are microseconds, sizes bytes.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct VolumeStats {
+    /// Position on the command line.
+    pub index: usize,
+    /// Name.
+    pub name: String,
+    /// Identity.
+    pub volume_id: String,
+    /// Size.
+    pub size_bytes: u64,
+    /// Open and served.
+    pub serving: bool,
+    /// Epoch of the newest known configuration.
+    pub epoch: u64,
+    /// NBD connections.
+    pub connections: usize,
+    /// NBD requests under way.
+    pub requests_in_flight: usize,
+    /// Client reads answered.
+    pub reads: u64,
+    /// Client writes, trims and zeroes acknowledged.
+    pub writes: u64,
+    /// Client flushes answered.
+    pub flushes: u64,
+    /// Bytes read by clients.
+    pub read_bytes: u64,
+    /// Bytes written by clients.
+    pub written_bytes: u64,
+    /// Longest time in which requests were under way and none was answered.
+    pub longest_stall_us: u64,
+    /// Longest time that an answered request took.
+    pub longest_request_us: u64,
+    /// Flushes started to bound retained writes.
+    pub background_flushes: u64,
+    /// Replicas excluded.
+    pub exclusions: u64,
+    /// Rebuild targets promoted.
+    pub promotions: u64,
+    /// Blocks that did not match their checksum.
+    pub bad_blocks_found: u64,
+    /// Bad blocks rewritten from another replica.
+    pub bad_blocks_repaired: u64,
+    /// Blocks written by reconcile at open.
+    pub blocks_reconciled: u64,
+    /// Acknowledged writes replayed after power losses.
+    pub writes_replayed: u64,
+    /// Reads that waited for a lease or a write in flight.
+    pub reads_delayed: u64,
+    /// Blocks moved to rebuild targets, as far as reported.
+    pub rebuild_blocks_moved: u64,
+    /// Bytes of requests in flight.
+    pub in_flight_bytes: u64,
+    /// Bytes acknowledged and not yet flushed.
+    pub retained_bytes: u64,
+    /// The replicas as last known.
+    pub replicas: Vec<ReplicaStats>,
+}
+
+/// A replica of a volume.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct ReplicaStats {
+    /// Group.
+    pub group: usize,
+    /// Disk.
+    pub disk_id: String,
+    /// `in-sync`, `rebuilding` or `stale`.
+    pub state: String,
+    /// Whether this process has a connection to the disk.
+    pub connected: bool,
+}
+
+/// Asks a running client for its statistics.
+///
+/// # Errors
+/// If nobody answers on the socket.
+pub async fn ask(socket: &Path, reset: bool) -> std::io::Result<Statistics> {
+    let mut stream = UnixStream::connect(socket).await?;
+    stream
+        .write_all(if reset { b"reset\n" } else { b"stats\n" })
+        .await?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).await?;
+    Ok(serde_json::from_str(&line)?)
+}
+
+/// Serves one connection: `fetch` gets the statistics.
+pub(super) async fn serve_connection<F>(stream: UnixStream, mut fetch: impl FnMut(bool) -> F)
+where
+    F: Future<Output = Statistics>,
+{
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::new(read);
+    loop {
+        let mut line = String::new();
+        match (&mut read).take(COMMAND_MAX).read_line(&mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let statistics = match line.trim() {
+            "stats" => fetch(false).await,
+            "reset" => fetch(true).await,
+            _ => return,
+        };
+        let Ok(mut answer) = serde_json::to_vec(&statistics) else {
+            return;
+        };
+        answer.push(b'\n');
+        if write.write_all(&answer).await.is_err() {
+            return;
+        }
+    }
+}

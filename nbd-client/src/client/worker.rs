@@ -1,0 +1,595 @@
+//! One reactor thread: its volumes, their NBD connections and its connections to disks.
+//!
+//! All events of one wait are handled before anything is sent, so that what they cause leaves in few
+//! batches.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ashlar_platform::clock::{self, Time};
+use ashlar_platform::reactor::{ConnId, Event, ListenerId, Reactor, ReactorConfig, Waker};
+use ashlar_proto::ids::{ClientId, ReplicaState, VolumeId};
+use rustc_hash::FxHashMap;
+use tokio::sync::mpsc;
+
+use super::export::Export;
+use super::links::{LinkOutput, Links};
+use super::messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
+use super::stats::{ReplicaStats, VolumeStats};
+use crate::engine::{SessionCommand, SessionEvent};
+
+/// Messages that may wait for a worker.
+const INBOX_MAX: usize = 1024;
+/// How soon messages for a full control channel are tried again.
+const OUTBOX_RETRY: Duration = Duration::from_millis(10);
+
+/// Settings of a worker.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Names the worker in messages.
+    pub number: usize,
+    /// This client process.
+    pub client: ClientId,
+    /// At shutdown, time for requests under way to be answered.
+    pub drain_timeout: Duration,
+}
+
+/// A running worker.
+pub struct WorkerHandle {
+    inbox: mpsc::Sender<ToWorker>,
+    waker: Waker,
+    /// Ends when the worker has shut down.
+    pub thread: JoinHandle<io::Result<()>>,
+}
+
+/// Sends to a worker.
+#[derive(Clone)]
+pub struct WorkerSender {
+    inbox: mpsc::Sender<ToWorker>,
+    waker: Waker,
+}
+
+impl WorkerHandle {
+    /// A way to send to the worker.
+    pub fn sender(&self) -> WorkerSender {
+        WorkerSender {
+            inbox: self.inbox.clone(),
+            waker: self.waker.clone(),
+        }
+    }
+}
+
+impl WorkerSender {
+    /// Sends a message, waiting while the worker's inbox is full. False if the worker has ended.
+    pub async fn send(&self, message: ToWorker) -> bool {
+        let sent = self.inbox.send(message).await.is_ok();
+        self.waker.wake();
+        sent
+    }
+
+    /// As [`Self::send`], from a thread without runtime.
+    pub fn blocking_send(&self, message: ToWorker) -> bool {
+        let sent = self.inbox.blocking_send(message).is_ok();
+        self.waker.wake();
+        sent
+    }
+}
+
+/// Starts a worker; its messages go to `control`.
+///
+/// # Errors
+/// If there is no thread or no io_uring to be had.
+pub fn spawn_worker(
+    config: WorkerConfig,
+    control: mpsc::Sender<FromWorker>,
+) -> io::Result<WorkerHandle> {
+    let (inbox, receiver) = mpsc::channel(INBOX_MAX);
+    let (started, start) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{}", config.number))
+        .spawn(move || {
+            let reactor = match Reactor::new(ReactorConfig::default()) {
+                Ok(reactor) => reactor,
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    return Ok(());
+                }
+            };
+            let _ = started.send(Ok(reactor.waker()));
+            Worker::new(config, reactor, receiver, control).run()
+        })?;
+    let waker = start
+        .recv()
+        .map_err(|_| io::Error::other("the worker ended at once"))??;
+    Ok(WorkerHandle {
+        inbox,
+        waker,
+        thread,
+    })
+}
+
+struct Worker {
+    config: WorkerConfig,
+    reactor: Reactor,
+    inbox: mpsc::Receiver<ToWorker>,
+    control: mpsc::Sender<FromWorker>,
+    outbox: VecDeque<FromWorker>,
+    links: Links,
+    exports: Vec<Option<Export>>,
+    by_volume: FxHashMap<VolumeId, usize>,
+    by_listener: FxHashMap<ListenerId, usize>,
+    /// Volume (position in `exports`) of each NBD connection.
+    nbd: FxHashMap<ConnId, usize>,
+    positions: HashMap<usize, usize>,
+    touched: Vec<usize>,
+    unflushed: Vec<usize>,
+    timers: BTreeSet<(Time, usize)>,
+    pending: VecDeque<(usize, SessionEvent)>,
+    shutting_down: bool,
+    inbox_closed: bool,
+}
+
+impl Worker {
+    fn new(
+        config: WorkerConfig,
+        reactor: Reactor,
+        inbox: mpsc::Receiver<ToWorker>,
+        control: mpsc::Sender<FromWorker>,
+    ) -> Self {
+        let links = Links::new(config.client);
+        Self {
+            config,
+            reactor,
+            inbox,
+            control,
+            outbox: VecDeque::new(),
+            links,
+            exports: Vec::new(),
+            by_volume: FxHashMap::default(),
+            by_listener: FxHashMap::default(),
+            nbd: FxHashMap::default(),
+            positions: HashMap::new(),
+            touched: Vec::new(),
+            unflushed: Vec::new(),
+            timers: BTreeSet::new(),
+            pending: VecDeque::new(),
+            shutting_down: false,
+            inbox_closed: false,
+        }
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        let mut events = Vec::new();
+        loop {
+            let deadline = self.deadline();
+            self.reactor.wait(deadline, &mut events)?;
+            let now = clock::now();
+            for event in events.drain(..) {
+                self.event(now, event);
+            }
+            self.tick(now);
+            self.settle(now);
+            self.send_outbox();
+            let ended = self.exports.iter().all(Option::is_none);
+            if (self.shutting_down || self.inbox_closed) && ended && self.outbox.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        let volumes = self.timers.first().map(|(at, _)| *at);
+        let outbox = (!self.outbox.is_empty()).then(|| clock::now().after(OUTBOX_RETRY));
+        [volumes, self.links.next_deadline(), outbox]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Accepted { listener, conn } => match self.by_listener.get(&listener) {
+                Some(&at) => self.accepted(now, at, conn),
+                None => self.reactor.close(conn),
+            },
+            Event::Connected { conn } => self.links.connected(now, &mut self.reactor, conn),
+            Event::Received { conn } => self.received(now, conn),
+            Event::Sent { conn } => {
+                // A client that takes its replies again may go on.
+                if let Some(&at) = self.nbd.get(&conn) {
+                    self.touch(at);
+                }
+            }
+            Event::Closed { conn, error } => {
+                if let Some(at) = self.nbd.remove(&conn) {
+                    if let Some(export) = &mut self.exports[at] {
+                        export.closed(conn);
+                    }
+                    self.touch(at);
+                } else if let Some(disk) = self.links.disk_of(conn) {
+                    // Answers that arrived with the end of the stream still count.
+                    self.received(now, conn);
+                    let why = error.map_or("closed by the disk's daemon".into(), |e| e.to_string());
+                    self.links.fail(now, &mut self.reactor, disk, &why);
+                }
+            }
+            Event::Woken => self.read_inbox(now),
+            Event::Disk { .. } => {}
+        }
+        self.take_link_output();
+    }
+
+    fn accepted(&mut self, now: Time, at: usize, conn: ConnId) {
+        if let Some(export) = &mut self.exports[at]
+            && export.accept(now, conn, &mut self.reactor)
+        {
+            self.nbd.insert(conn, at);
+            self.touch(at);
+        }
+    }
+
+    fn received(&mut self, now: Time, conn: ConnId) {
+        if let Some(&at) = self.nbd.get(&conn) {
+            if let Some(export) = &mut self.exports[at]
+                && export.serving
+            {
+                export.pump(now, conn, &mut self.reactor);
+            }
+            self.touch(at);
+            return;
+        }
+        while let Some((disk, reply)) = self.links.next_reply(now, &mut self.reactor, conn) {
+            if let Some(&at) = self.by_volume.get(&reply.volume)
+                && self.links.is_user(disk, at)
+                && let Some(export) = &mut self.exports[at]
+            {
+                export.step(now, SessionEvent::Reply { disk, reply });
+                self.touch(at);
+            }
+        }
+    }
+
+    fn take_link_output(&mut self) {
+        for output in self.links.output.drain(..) {
+            match output {
+                LinkOutput::Event(at, event) => self.pending.push_back((at, event)),
+                LinkOutput::Resolve(disk, address) => self.outbox.push_back(FromWorker::Resolve {
+                    worker: self.config.number,
+                    disk,
+                    address,
+                }),
+            }
+        }
+    }
+
+    fn touch(&mut self, at: usize) {
+        if let Some(export) = &mut self.exports[at]
+            && !export.touched
+        {
+            export.touched = true;
+            self.touched.push(at);
+        }
+    }
+
+    fn read_inbox(&mut self, now: Time) {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(message) => self.message(now, message),
+                Err(mpsc::error::TryRecvError::Empty) => return,
+                Err(mpsc::error::TryRecvError::Disconnected) => {
+                    self.inbox_closed = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, now: Time, message: ToWorker) {
+        match message {
+            ToWorker::Add(setup) => self.add(*setup),
+            ToWorker::Cluster(cluster) => self.links.set_cluster(cluster),
+            ToWorker::Session { index, event } => {
+                if let Some(&at) = self.positions.get(&index) {
+                    self.pending.push_back((at, event));
+                }
+            }
+            ToWorker::Resolved { disk, address } => {
+                self.links.resolved(now, &mut self.reactor, disk, address);
+            }
+            ToWorker::Stats { reset, reply } => {
+                let stats = self.stats(now, reset);
+                // The asker may have gone away meanwhile.
+                let _ = reply.send(stats);
+            }
+            ToWorker::Shutdown => {
+                self.shutting_down = true;
+                let until = now.after(self.config.drain_timeout);
+                for at in 0..self.exports.len() {
+                    if let Some(export) = &mut self.exports[at] {
+                        export.drain(until, &mut self.reactor);
+                    }
+                    self.touch(at);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, setup: VolumeSetup) {
+        let index = setup.index;
+        let at = self.exports.len();
+        let mut export = Export::new(setup);
+        if self.shutting_down || self.by_volume.contains_key(&export.volume) {
+            let error = "the volume is served already, or the process is ending".to_owned();
+            self.outbox.push_back(FromWorker::Failed { index, error });
+            return;
+        }
+        match self.listen(&export.endpoint) {
+            Ok((listener, address)) => {
+                export.listener = Some(listener);
+                self.by_listener.insert(listener, at);
+                self.outbox
+                    .push_back(FromWorker::Listening { index, address });
+            }
+            Err(error) => {
+                let error = error.to_string();
+                self.outbox.push_back(FromWorker::Failed { index, error });
+                return;
+            }
+        }
+        self.by_volume.insert(export.volume, at);
+        self.positions.insert(index, at);
+        self.exports.push(Some(export));
+        self.pending.push_back((at, SessionEvent::Start));
+    }
+
+    fn listen(&mut self, endpoint: &Endpoint) -> io::Result<(ListenerId, Option<SocketAddr>)> {
+        match endpoint {
+            Endpoint::Unix(path) => {
+                let listener = self.reactor.listen_unix(path)?;
+                // Whoever may open the socket owns the volume's data.
+                if let Err(error) =
+                    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+                {
+                    self.reactor.close_listener(listener);
+                    return Err(error);
+                }
+                Ok((listener, None))
+            }
+            Endpoint::Tcp(address) => {
+                let (listener, actual) = self.reactor.listen_tcp(*address)?;
+                Ok((listener, Some(actual)))
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Time) {
+        self.links.tick(now, &mut self.reactor);
+        self.take_link_output();
+        while let Some(&(due, at)) = self.timers.first()
+            && due <= now
+        {
+            self.timers.pop_first();
+            if let Some(export) = &mut self.exports[at] {
+                export.deadline = None;
+                export.tick(now, &mut self.reactor);
+            }
+            self.touch(at);
+        }
+    }
+
+    /// Carries out commands and delivers what they cause until nothing is left; then sends.
+    fn settle(&mut self, now: Time) {
+        loop {
+            while let Some((at, event)) = self.pending.pop_front() {
+                if let Some(export) = &mut self.exports[at] {
+                    export.step(now, event);
+                }
+                self.touch(at);
+            }
+            let Some(at) = self.touched.pop() else { break };
+            self.settle_one(now, at);
+            self.take_link_output();
+        }
+        for at in std::mem::take(&mut self.unflushed) {
+            self.flush_one(now, at);
+        }
+        self.links.flush(&mut self.reactor);
+        if !self.touched.is_empty() || !self.pending.is_empty() {
+            self.settle(now);
+        }
+    }
+
+    fn settle_one(&mut self, now: Time, at: usize) {
+        let Some(mut export) = self.exports[at].take() else {
+            return;
+        };
+        export.touched = false;
+        let mut again = export.pump_stalled(now, &mut self.reactor);
+        let mut commands = std::mem::take(&mut export.commands);
+        let mut stopped = false;
+        for command in commands.drain(..) {
+            stopped |= self.execute(now, at, &mut export, command);
+            if stopped {
+                break;
+            }
+        }
+        if stopped {
+            return;
+        }
+        if export.commands.is_empty() {
+            export.commands = commands;
+        } else {
+            again = true;
+        }
+        self.exports[at] = Some(export);
+        self.unflushed.push(at);
+        if again {
+            self.touch(at);
+        }
+    }
+
+    /// True if the volume has stopped, and is to be forgotten.
+    fn execute(
+        &mut self,
+        now: Time,
+        at: usize,
+        export: &mut Export,
+        command: SessionCommand,
+    ) -> bool {
+        match command {
+            SessionCommand::Send { disk, request } => self.links.send(disk, &request),
+            SessionCommand::Reply { tag, result } => export.reply(now, tag, result),
+            SessionCommand::Connect { disk, address } => {
+                self.links
+                    .connect(now, &mut self.reactor, at, disk, address);
+            }
+            SessionCommand::Disconnect { disk } => {
+                self.links.disconnect(now, &mut self.reactor, at, disk);
+                // No ReplicaDown follows, not even one that was on its way.
+                self.take_link_output();
+                self.pending.retain(|(user, event)| {
+                    let down = matches!(event, SessionEvent::ReplicaDown { disk: d } if *d == disk);
+                    !(down && *user == at)
+                });
+            }
+            SessionCommand::Metadata(request) => {
+                self.outbox.push_back(FromWorker::Metadata {
+                    index: export.index,
+                    request,
+                });
+            }
+            SessionCommand::Serving { size_bytes } => {
+                export.start_serving(now, size_bytes, &mut self.reactor);
+                self.outbox.push_back(FromWorker::Serving {
+                    index: export.index,
+                });
+            }
+            SessionCommand::Resized { size_bytes } => export.info.size_bytes = size_bytes,
+            SessionCommand::Stopped { reason } => {
+                export.stop(&mut self.reactor);
+                self.links.forget(now, &mut self.reactor, at);
+                self.nbd.retain(|_, user| *user != at);
+                self.by_listener.retain(|_, user| *user != at);
+                self.by_volume.remove(&export.volume);
+                self.positions.remove(&export.index);
+                self.timers.retain(|(_, user)| *user != at);
+                self.outbox.push_back(FromWorker::Stopped {
+                    index: export.index,
+                    reason,
+                });
+                return true;
+            }
+        }
+        false
+    }
+
+    fn flush_one(&mut self, now: Time, at: usize) {
+        let Some(export) = &mut self.exports[at] else {
+            return;
+        };
+        export.flush(&mut self.reactor);
+        if export.wants_close() {
+            export.step(now, SessionEvent::Close);
+            self.touch(at);
+        }
+        let Some(export) = &mut self.exports[at] else {
+            return;
+        };
+        for conn in export.gone.drain(..) {
+            self.nbd.remove(&conn);
+        }
+        let due = export.next_deadline();
+        if export.deadline != due {
+            if let Some(old) = export.deadline {
+                self.timers.remove(&(old, at));
+            }
+            export.deadline = due;
+            self.timers.extend(due.map(|due| (due, at)));
+        }
+    }
+
+    fn send_outbox(&mut self) {
+        while let Some(message) = self.outbox.pop_front() {
+            match self.control.try_send(message) {
+                Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+                Err(mpsc::error::TrySendError::Full(message)) => {
+                    self.outbox.push_front(message);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn stats(&mut self, now: Time, reset: bool) -> Vec<VolumeStats> {
+        let links = &self.links;
+        self.exports
+            .iter_mut()
+            .flatten()
+            .map(|e| volume_stats(e, links, now, reset))
+            .collect()
+    }
+}
+
+fn volume_stats(export: &mut Export, links: &Links, now: Time, reset: bool) -> VolumeStats {
+    let s = export.engine().stats();
+    let stall = export
+        .requests
+        .longest_stall
+        .max(export.requests.current_stall(now));
+    let request = export.requests.longest_request;
+    if reset {
+        export.requests.longest_stall = Duration::ZERO;
+        export.requests.longest_request = Duration::ZERO;
+    }
+    let groups = export.view.iter().flat_map(|v| v.groups.iter().enumerate());
+    let replicas = groups.flat_map(|(group, replicas)| {
+        replicas.iter().map(move |r| ReplicaStats {
+            group,
+            disk_id: r.disk.to_string(),
+            state: match r.state {
+                ReplicaState::Stale => "stale",
+                ReplicaState::Rebuilding => "rebuilding",
+                ReplicaState::InSync => "in-sync",
+            }
+            .to_owned(),
+            connected: links.is_up(r.disk),
+        })
+    });
+    VolumeStats {
+        index: export.index,
+        name: export.info.name.clone(),
+        volume_id: export.volume.to_string(),
+        size_bytes: export.info.size_bytes,
+        serving: export.serving,
+        epoch: export.view.as_ref().map_or(0, |v| v.epoch.0),
+        connections: export.peer_count(),
+        requests_in_flight: export.requests.len(),
+        reads: s.reads,
+        writes: s.writes,
+        flushes: s.flushes,
+        read_bytes: s.read_bytes,
+        written_bytes: s.written_bytes,
+        longest_stall_us: microseconds(stall),
+        longest_request_us: microseconds(request),
+        background_flushes: s.background_flushes,
+        exclusions: s.exclusions,
+        promotions: s.promotions,
+        bad_blocks_found: s.bad_blocks_found,
+        bad_blocks_repaired: s.bad_blocks_repaired,
+        blocks_reconciled: s.blocks_reconciled,
+        writes_replayed: s.writes_replayed,
+        reads_delayed: s.reads_delayed,
+        rebuild_blocks_moved: s.rebuild_blocks_moved,
+        in_flight_bytes: s.in_flight_bytes,
+        retained_bytes: s.retained_bytes,
+        replicas: replicas.collect(),
+    }
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
