@@ -20,7 +20,6 @@ pub mod validate;
 pub mod view;
 mod volume;
 
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -28,6 +27,7 @@ use ashlar_proto::ids::{ClusterId, DiskId, Epoch, NodeId, PoolId, ReplicaState, 
 
 pub use answers::{RecentAnswers, Remembered};
 pub use apply::apply;
+pub(crate) use apply::no_such_pool;
 pub use cluster::{Disk, Domain, FailureDomain, Labels, Node, Pool, PoolSpec, ZONE_LABEL};
 pub use command::{
     Answer, ChangeReplicas, Command, CreateVolume, OpenVolume, Operation, Refusal, RefusalCode,

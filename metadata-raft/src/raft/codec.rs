@@ -28,7 +28,8 @@ fn invalid(what: impl Into<String>) -> io::Error {
 
 /// Encodes a value.
 pub fn encode<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
-    let body = bincode::serde::encode_to_vec(value, config()).map_err(|e| invalid(e.to_string()))?;
+    let body =
+        bincode::serde::encode_to_vec(value, config()).map_err(|e| invalid(e.to_string()))?;
     let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
     bytes.push(CODEC_VERSION);
     bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());

@@ -30,7 +30,10 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { snapshot_entries: SNAPSHOT_ENTRIES, kept_entries: KEPT_ENTRIES }
+        Self {
+            snapshot_entries: SNAPSHOT_ENTRIES,
+            kept_entries: KEPT_ENTRIES,
+        }
     }
 }
 

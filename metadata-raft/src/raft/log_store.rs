@@ -57,7 +57,10 @@ impl LogStore {
     }
 
     fn purged(&self) -> io::Result<Option<LogId>> {
-        self.engine.meta(MetaKey::Purged)?.map(|b| codec::decode(&b)).transpose()
+        self.engine
+            .meta(MetaKey::Purged)?
+            .map(|b| codec::decode(&b))
+            .transpose()
     }
 }
 
@@ -109,14 +112,25 @@ impl RaftLogReader<TypeConfig> for LogStore {
         if start >= end {
             return Ok(Vec::new());
         }
-        self.engine.read(start..end)?.iter().map(|(_, bytes)| codec::decode(bytes)).collect()
+        self.engine
+            .read(start..end)?
+            .iter()
+            .map(|(_, bytes)| codec::decode(bytes))
+            .collect()
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
-        self.engine.meta(MetaKey::Vote)?.map(|b| codec::decode(&b)).transpose()
+        self.engine
+            .meta(MetaKey::Vote)?
+            .map(|b| codec::decode(&b))
+            .transpose()
     }
 
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
         let mut bytes = 0;
         let mut entries = Vec::new();
         for (_, encoded) in self.engine.read(start..end.max(start))? {
@@ -141,7 +155,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         };
         // Entries at or below the purged id may still be there after a crash while purging.
         let last_log_id = last.max(purged);
-        Ok(LogState { last_purged_log_id: purged, last_log_id })
+        Ok(LogState {
+            last_purged_log_id: purged,
+            last_log_id,
+        })
     }
 
     async fn get_log_reader(&mut self) -> Self::LogReader {
@@ -149,7 +166,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        self.engine.set_meta(MetaKey::Vote, Some(codec::encode(vote)?))?;
+        self.engine
+            .set_meta(MetaKey::Vote, Some(codec::encode(vote)?))?;
         self.sync().await
     }
 
@@ -160,10 +178,17 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        self.engine.meta(MetaKey::Committed)?.map(|b| codec::decode(&b)).transpose()
+        self.engine
+            .meta(MetaKey::Committed)?
+            .map(|b| codec::decode(&b))
+            .transpose()
     }
 
-    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
     where
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
@@ -173,7 +198,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             .map(|e| Ok((e.log_id().index, codec::encode(&e)?)))
             .collect::<io::Result<Vec<_>>>()?;
         self.engine.put(encoded)?;
-        self.flush.send(Waiter::Append(callback)).map_err(|_| gone())
+        self.flush
+            .send(Waiter::Append(callback))
+            .map_err(|_| gone())
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
@@ -186,7 +213,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         if self.purged()?.is_some_and(|p| p >= log_id) {
             return Ok(());
         }
-        self.engine.set_meta(MetaKey::Purged, Some(codec::encode(&log_id)?))?;
+        self.engine
+            .set_meta(MetaKey::Purged, Some(codec::encode(&log_id)?))?;
         self.sync().await?;
         self.engine.remove(0..log_id.index.saturating_add(1))
     }

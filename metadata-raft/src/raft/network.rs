@@ -94,7 +94,11 @@ impl RaftNetworkFactory<TypeConfig> for NetworkFactory {
         if let Err(error) = &client {
             tracing::error!(member = target, address = node.addr, %error, "member has no usable address");
         }
-        Peer { target, client: client.ok(), shared: self.shared.clone() }
+        Peer {
+            target,
+            client: client.ok(),
+            shared: self.shared.clone(),
+        }
     }
 }
 
@@ -122,22 +126,44 @@ fn failed(status: &tonic::Status) -> RPCError<TypeConfig> {
 
 impl Peer {
     fn client(&self) -> Result<Client, RPCError<TypeConfig>> {
-        self.client.clone().ok_or_else(|| unreachable("no usable address"))
+        self.client
+            .clone()
+            .ok_or_else(|| unreachable("no usable address"))
     }
 
     fn envelope<T: Serialize>(&self, message: T) -> Result<pb::Envelope, RPCError<TypeConfig>> {
-        let payload = codec::encode(&Addressed { to: self.target, message }).map_err(network)?;
+        let payload = codec::encode(&Addressed {
+            to: self.target,
+            message,
+        })
+        .map_err(network)?;
         let cluster = self.shared.state().cluster();
-        Ok(pb::Envelope { version: u32::from(CODEC_VERSION), cluster_id: cluster.to_vec(), payload })
+        Ok(pb::Envelope {
+            version: u32::from(CODEC_VERSION),
+            cluster_id: cluster.to_vec(),
+            payload,
+        })
     }
 
-    async fn send_snapshot(&self, vote: Vote, snapshot: Snapshot) -> Result<SnapshotResponse<TypeConfig>, RPCError<TypeConfig>> {
+    async fn send_snapshot(
+        &self,
+        vote: Vote,
+        snapshot: Snapshot,
+    ) -> Result<SnapshotResponse<TypeConfig>, RPCError<TypeConfig>> {
         let handle = snapshot.snapshot;
-        let header = SnapshotHeader { vote, meta: snapshot.meta, length: handle.length() };
+        let header = SnapshotHeader {
+            vote,
+            meta: snapshot.meta,
+            length: handle.length(),
+        };
         let header = self.envelope(header)?;
         let (parts, receiver) = tokio::sync::mpsc::channel(PARTS_QUEUE);
         let reading = tokio::task::spawn_blocking(move || {
-            let send = |part| parts.blocking_send(pb::SnapshotPart { part: Some(part) }).is_ok();
+            let send = |part| {
+                parts
+                    .blocking_send(pb::SnapshotPart { part: Some(part) })
+                    .is_ok()
+            };
             if !send(pb::snapshot_part::Part::Header(header)) {
                 return Ok(());
             }
@@ -152,7 +178,11 @@ impl Peer {
             Ok::<_, std::io::Error>(())
         });
         let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-        let reply = self.client()?.install_snapshot(stream).await.map_err(|s| failed(&s))?;
+        let reply = self
+            .client()?
+            .install_snapshot(stream)
+            .await
+            .map_err(|s| failed(&s))?;
         reading.await.map_err(network)?.map_err(network)?;
         codec::decode(&reply.into_inner().payload).map_err(network)
     }

@@ -28,12 +28,26 @@ pub struct RaftServer {
     raft: Raft,
     shared: Shared,
     directory: SnapshotDirectory,
+    on_append: Box<dyn Fn() + Send + Sync>,
 }
 
 impl RaftServer {
     /// Serves a member.
     pub fn new(id: MemberId, raft: Raft, shared: Shared, directory: SnapshotDirectory) -> Self {
-        Self { id, raft, shared, directory }
+        Self {
+            id,
+            raft,
+            shared,
+            directory,
+            on_append: Box::new(|| ()),
+        }
+    }
+
+    /// Calls `f` whenever a leader's message was accepted.
+    #[must_use]
+    pub fn on_append(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.on_append = Box::new(f);
+        self
     }
 
     fn open<T: DeserializeOwned>(&self, envelope: &pb::Envelope) -> Result<T, Status> {
@@ -46,12 +60,17 @@ impl RaftServer {
         let theirs = ClusterId::from_slice(&envelope.cluster_id).unwrap_or_default();
         let ours = self.shared.state().cluster();
         if !theirs.is_nil() && !ours.is_nil() && theirs != ours {
-            return Err(Status::failed_precondition(format!("this member belongs to cluster {ours}, not {theirs}")));
+            return Err(Status::failed_precondition(format!(
+                "this member belongs to cluster {ours}, not {theirs}"
+            )));
         }
-        let Addressed { to, message } =
-            codec::decode(&envelope.payload).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let Addressed { to, message } = codec::decode(&envelope.payload)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         if to != self.id {
-            return Err(Status::failed_precondition(format!("this is member {}, not {to}", self.id)));
+            return Err(Status::failed_precondition(format!(
+                "this is member {}, not {to}",
+                self.id
+            )));
         }
         Ok(message)
     }
@@ -59,7 +78,11 @@ impl RaftServer {
     fn seal<T: Serialize>(&self, message: &T) -> Result<Response<pb::Envelope>, Status> {
         let payload = codec::encode(message).map_err(|e| Status::internal(e.to_string()))?;
         let cluster_id = self.shared.state().cluster().to_vec();
-        Ok(Response::new(pb::Envelope { version: u32::from(CODEC_VERSION), cluster_id, payload }))
+        Ok(Response::new(pb::Envelope {
+            version: u32::from(CODEC_VERSION),
+            cluster_id,
+            payload,
+        }))
     }
 }
 
@@ -69,9 +92,13 @@ fn stopped(error: impl std::fmt::Display) -> Status {
 
 #[tonic::async_trait]
 impl pb::raft_server::Raft for RaftServer {
-    async fn append_entries(&self, request: Request<pb::Envelope>) -> Result<Response<pb::Envelope>, Status> {
+    async fn append_entries(
+        &self,
+        request: Request<pb::Envelope>,
+    ) -> Result<Response<pb::Envelope>, Status> {
         let message: AppendEntriesRequest<TypeConfig> = self.open(request.get_ref())?;
         let answer = self.raft.append_entries(message).await.map_err(stopped)?;
+        (self.on_append)();
         self.seal(&answer)
     }
 
@@ -83,9 +110,16 @@ impl pb::raft_server::Raft for RaftServer {
         self.seal(&answer)
     }
 
-    async fn transfer_leader(&self, request: Request<pb::Envelope>) -> Result<Response<pb::Envelope>, Status> {
+    async fn transfer_leader(
+        &self,
+        request: Request<pb::Envelope>,
+    ) -> Result<Response<pb::Envelope>, Status> {
         let message: TransferLeaderRequest<TypeConfig> = self.open(request.get_ref())?;
-        let answer = self.raft.handle_transfer_leader(message).await.map_err(stopped)?;
+        let answer = self
+            .raft
+            .handle_transfer_leader(message)
+            .await
+            .map_err(stopped)?;
         self.seal(&answer)
     }
 
@@ -95,11 +129,15 @@ impl pb::raft_server::Raft for RaftServer {
     ) -> Result<Response<pb::Envelope>, Status> {
         let mut parts = request.into_inner();
         let Some(Part::Header(envelope)) = parts.message().await?.and_then(|p| p.part) else {
-            return Err(Status::invalid_argument("a snapshot begins with its header"));
+            return Err(Status::invalid_argument(
+                "a snapshot begins with its header",
+            ));
         };
         let header: SnapshotHeader = self.open(&envelope)?;
         if header.length > SNAPSHOT_BYTES_MAX {
-            return Err(Status::invalid_argument(format!("a snapshot has at most {SNAPSHOT_BYTES_MAX} bytes")));
+            return Err(Status::invalid_argument(format!(
+                "a snapshot has at most {SNAPSHOT_BYTES_MAX} bytes"
+            )));
         }
         let io = |e: std::io::Error| Status::internal(format!("cannot store the snapshot: {e}"));
         let mut incoming = self.directory.receive().map_err(io)?;
@@ -115,15 +153,29 @@ impl pb::raft_server::Raft for RaftServer {
             incoming.write(&bytes).map_err(io)?;
         }
         if length != header.length {
-            return Err(Status::data_loss("the snapshot is not as long as announced"));
+            return Err(Status::data_loss(
+                "the snapshot is not as long as announced",
+            ));
         }
-        let snapshot = Snapshot { meta: header.meta, snapshot: incoming.finish() };
-        let answer = self.raft.install_full_snapshot(header.vote, snapshot).await.map_err(stopped)?;
+        let snapshot = Snapshot {
+            meta: header.meta,
+            snapshot: incoming.finish(),
+        };
+        let answer = self
+            .raft
+            .install_full_snapshot(header.vote, snapshot)
+            .await
+            .map_err(stopped)?;
         self.seal(&answer)
     }
 
-    async fn propose(&self, _request: Request<pb::Envelope>) -> Result<Response<pb::Envelope>, Status> {
+    async fn propose(
+        &self,
+        _request: Request<pb::Envelope>,
+    ) -> Result<Response<pb::Envelope>, Status> {
         // Placement needs the leader's view of the disks: requests are forwarded as they came, not as commands.
-        Err(Status::unimplemented("members forward requests as calls of the metadata service"))
+        Err(Status::unimplemented(
+            "members forward requests as calls of the metadata service",
+        ))
     }
 }

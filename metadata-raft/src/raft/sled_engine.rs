@@ -42,7 +42,12 @@ impl SledEngine {
         let log = db.open_tree("log").map_err(io_error)?;
         let meta = db.open_tree("meta").map_err(io_error)?;
         let file = File::open(directory.join("db"))?;
-        let engine = Self { db, log, meta, file };
+        let engine = Self {
+            db,
+            log,
+            meta,
+            file,
+        };
         engine.sync()?;
         // The directory entries must survive as well.
         File::open(directory)?.sync_all()?;
@@ -84,7 +89,9 @@ impl LogEngine for SledEngine {
             batch.remove(key.map_err(io_error)?);
             count += 1;
             if count % REMOVE_BATCH == 0 {
-                self.log.apply_batch(std::mem::take(&mut batch)).map_err(io_error)?;
+                self.log
+                    .apply_batch(std::mem::take(&mut batch))
+                    .map_err(io_error)?;
             }
         }
         self.log.apply_batch(batch).map_err(io_error)
@@ -92,7 +99,10 @@ impl LogEngine for SledEngine {
 
     fn read(&self, indexes: Range<u64>) -> io::Result<Vec<(u64, Vec<u8>)>> {
         let range = indexes.start.to_be_bytes()..indexes.end.to_be_bytes();
-        self.log.range(range).map(|item| pair(item.map_err(io_error)?)).collect()
+        self.log
+            .range(range)
+            .map(|item| pair(item.map_err(io_error)?))
+            .collect()
     }
 
     fn last(&self) -> io::Result<Option<(u64, Vec<u8>)>> {
@@ -108,7 +118,11 @@ impl LogEngine for SledEngine {
     }
 
     fn meta(&self, key: MetaKey) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.meta.get(meta_key(key)).map_err(io_error)?.map(|v| v.to_vec()))
+        Ok(self
+            .meta
+            .get(meta_key(key))
+            .map_err(io_error)?
+            .map(|v| v.to_vec()))
     }
 
     fn sync(&self) -> io::Result<()> {

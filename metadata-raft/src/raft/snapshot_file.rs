@@ -40,7 +40,8 @@ impl SnapshotHandle {
 
     /// Reads up to `length` bytes at an offset; fewer only at the end.
     pub fn read_at(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
-        let length = length.min(usize::try_from(self.length.saturating_sub(offset)).unwrap_or(length));
+        let length =
+            length.min(usize::try_from(self.length.saturating_sub(offset)).unwrap_or(length));
         let mut bytes = vec![0; length];
         self.file.read_exact_at(&mut bytes, offset)?;
         Ok(bytes)
@@ -48,7 +49,10 @@ impl SnapshotHandle {
 
     /// A reader of its own position.
     fn reader(&self) -> impl Read + '_ {
-        HandleReader { handle: self, offset: 0 }
+        HandleReader {
+            handle: self,
+            offset: 0,
+        }
     }
 }
 
@@ -60,8 +64,13 @@ struct HandleReader<'a> {
 impl Read for HandleReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.handle.length.saturating_sub(self.offset);
-        let length = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.handle.file.read_at(&mut buffer[..length], self.offset)?;
+        let length = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self
+            .handle
+            .file
+            .read_at(&mut buffer[..length], self.offset)?;
         self.offset += count as u64;
         Ok(count)
     }
@@ -122,7 +131,10 @@ impl Incoming {
     pub fn finish(self) -> SnapshotHandle {
         // Best effort: a file left behind is removed at the next start.
         let _ = fs::remove_file(&self.path);
-        SnapshotHandle { file: Arc::new(self.file), length: self.length }
+        SnapshotHandle {
+            file: Arc::new(self.file),
+            length: self.length,
+        }
     }
 }
 
@@ -136,28 +148,48 @@ impl SnapshotDirectory {
                 fs::remove_file(entry)?;
             }
         }
-        Ok(Self { path: path.to_owned() })
+        Ok(Self {
+            path: path.to_owned(),
+        })
     }
 
     fn temporary(&self) -> io::Result<(File, PathBuf)> {
-        let path = self.path.join(format!("{}.tmp", TEMPORARY.fetch_add(1, Ordering::Relaxed)));
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+        let path = self
+            .path
+            .join(format!("{}.tmp", TEMPORARY.fetch_add(1, Ordering::Relaxed)));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)?;
         Ok((file, path))
     }
 
     /// Begins to receive a snapshot.
     pub fn receive(&self) -> io::Result<Incoming> {
         let (file, path) = self.temporary()?;
-        Ok(Incoming { file, path, length: 0 })
+        Ok(Incoming {
+            file,
+            path,
+            length: 0,
+        })
     }
 
     /// Writes a snapshot of the state and makes it the current one.
     pub fn write(&self, meta: &SnapshotMeta, state: &State) -> io::Result<SnapshotHandle> {
         let (file, path) = self.temporary()?;
-        let mut out = Summing { inner: BufWriter::with_capacity(BUFFER_BYTES, file), crc: 0 };
+        let mut out = Summing {
+            inner: BufWriter::with_capacity(BUFFER_BYTES, file),
+            crc: 0,
+        };
         let meta_bytes = codec::encode(meta)?;
         out.write_all(MAGIC)?;
-        out.write_all(&u32::try_from(meta_bytes.len()).map_err(|_| invalid("meta too long"))?.to_le_bytes())?;
+        out.write_all(
+            &u32::try_from(meta_bytes.len())
+                .map_err(|_| invalid("meta too long"))?
+                .to_le_bytes(),
+        )?;
         out.write_all(&meta_bytes)?;
         state.write_image(&mut out).map_err(io::Error::other)?;
         let crc = out.crc;
@@ -165,7 +197,10 @@ impl SnapshotDirectory {
         let file = out.inner.into_inner().map_err(|e| e.into_error())?;
         self.publish(&file, &path, meta)?;
         let length = file.metadata()?.len();
-        Ok(SnapshotHandle { file: Arc::new(file), length })
+        Ok(SnapshotHandle {
+            file: Arc::new(file),
+            length,
+        })
     }
 
     /// Makes a verified snapshot, received from elsewhere, the current one.
@@ -182,7 +217,10 @@ impl SnapshotDirectory {
         fs::rename(temporary, self.path.join(&name))?;
         File::open(&self.path)?.sync_all()?;
         for path in self.files()? {
-            if path.file_name().is_some_and(|n| *n.to_string_lossy() < *name) {
+            if path
+                .file_name()
+                .is_some_and(|n| *n.to_string_lossy() < *name)
+            {
                 fs::remove_file(path)?;
             }
         }
@@ -206,7 +244,10 @@ impl SnapshotDirectory {
         let mut damaged = None;
         for path in self.files()?.into_iter().rev() {
             let file = File::open(&path)?;
-            let handle = SnapshotHandle { length: file.metadata()?.len(), file: Arc::new(file) };
+            let handle = SnapshotHandle {
+                length: file.metadata()?.len(),
+                file: Arc::new(file),
+            };
             match read(&handle) {
                 Ok((meta, state)) => return Ok(Some((meta, state, handle))),
                 Err(error) => {
@@ -226,7 +267,10 @@ impl SnapshotDirectory {
 /// Reads and verifies a snapshot.
 pub fn read(handle: &SnapshotHandle) -> io::Result<(SnapshotMeta, State)> {
     let buffered = BufReader::with_capacity(BUFFER_BYTES, handle.reader());
-    let mut input = Summing { inner: buffered, crc: 0 };
+    let mut input = Summing {
+        inner: buffered,
+        crc: 0,
+    };
     let mut magic = [0; 8];
     input.read_exact(&mut magic)?;
     if &magic != MAGIC {

@@ -97,9 +97,15 @@ impl StateMachine {
             };
             current = Some((meta, handle));
         }
-        let shared =
-            Shared { applied: Arc::new(RwLock::new(applied)), changes: broadcast::channel(CHANGES_QUEUE).0 };
-        Ok(Self { shared, directory, current: Arc::new(RwLock::new(current)) })
+        let shared = Shared {
+            applied: Arc::new(RwLock::new(applied)),
+            changes: broadcast::channel(CHANGES_QUEUE).0,
+        };
+        Ok(Self {
+            shared,
+            directory,
+            current: Arc::new(RwLock::new(current)),
+        })
     }
 
     /// Access for readers.
@@ -120,17 +126,26 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
     type SnapshotData = SnapshotHandle;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let state = self.state.take().ok_or_else(|| io::Error::other("a builder builds one snapshot"))?;
+        let state = self
+            .state
+            .take()
+            .ok_or_else(|| io::Error::other("a builder builds one snapshot"))?;
         let (meta, directory) = (self.meta.clone(), self.directory.clone());
         let handle = tokio::task::spawn_blocking(move || directory.write(&meta, &state))
             .await
             .map_err(io::Error::other)??;
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         // A newer one may have been installed meanwhile.
-        if current.as_ref().is_none_or(|(m, _)| m.last_log_id <= self.meta.last_log_id) {
+        if current
+            .as_ref()
+            .is_none_or(|(m, _)| m.last_log_id <= self.meta.last_log_id)
+        {
             *current = Some((self.meta.clone(), handle.clone()));
         }
-        Ok(Snapshot { meta: self.meta.clone(), snapshot: handle })
+        Ok(Snapshot {
+            meta: self.meta.clone(),
+            snapshot: handle,
+        })
     }
 }
 
@@ -154,7 +169,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 applied.last_applied = Some(log_id);
                 let response = match entry.payload {
                     EntryPayload::Blank => None,
-                    EntryPayload::Normal(command) => Some(model::apply(&mut applied.state, &command)),
+                    EntryPayload::Normal(command) => {
+                        Some(model::apply(&mut applied.state, &command))
+                    }
                     EntryPayload::Membership(membership) => {
                         applied.membership = StoredMembership::new(Some(log_id), membership);
                         None
@@ -171,7 +188,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        let applied = self.shared.applied.read().unwrap_or_else(PoisonError::into_inner);
+        let applied = self
+            .shared
+            .applied
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         SnapshotBuilder {
             meta: SnapshotMeta {
                 last_log_id: applied.last_applied,
@@ -183,13 +204,20 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         }
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotHandle) -> Result<(), io::Error> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotHandle,
+    ) -> Result<(), io::Error> {
         let (directory, expected) = (self.directory.clone(), meta.clone());
         let received = snapshot.clone();
         let state = tokio::task::spawn_blocking(move || {
             let (inner, state) = snapshot_file::read(&received)?;
             if inner != expected {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "snapshot of another position"));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "snapshot of another position",
+                ));
             }
             directory.adopt(&expected, &received)?;
             Ok(state)
@@ -204,13 +232,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 membership: meta.last_membership.clone(),
             };
         }
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some((meta.clone(), snapshot));
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) =
+            Some((meta.clone(), snapshot));
         self.shared.publish(None);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        Ok(current.as_ref().map(|(meta, handle)| Snapshot { meta: meta.clone(), snapshot: handle.clone() }))
+        Ok(current.as_ref().map(|(meta, handle)| Snapshot {
+            meta: meta.clone(),
+            snapshot: handle.clone(),
+        }))
     }
 }

@@ -1,0 +1,103 @@
+//! Failure detection from heartbeats, in the leader's memory.
+//!
+//! Invariants: a node is dead when no heartbeat came for [`DEAD_AFTER`]; a new leader has heard nobody
+//! yet and presumes everyone alive for one grace period.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use ashlar_proto::ids::{DiskId, NodeId};
+
+use crate::model::State;
+use crate::planner::DiskView;
+
+/// Without a heartbeat for this long a node is dead.
+pub const DEAD_AFTER: Duration = Duration::from_secs(2);
+/// How long a new leader presumes everyone alive.
+pub const GRACE: Duration = Duration::from_millis(2500);
+
+/// What the last heartbeat said of a disk.
+#[derive(Clone, Default, Debug)]
+pub struct DiskReport {
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// The disk poisoned itself.
+    pub failed: bool,
+}
+
+/// What this member heard while it leads.
+#[derive(Default, Debug)]
+pub struct Liveness {
+    leading_since: Option<Instant>,
+    nodes: BTreeMap<NodeId, Instant>,
+    disks: BTreeMap<DiskId, DiskReport>,
+}
+
+impl Liveness {
+    /// Leadership began: forget what an earlier one heard.
+    pub fn begin(&mut self, now: Instant) {
+        *self = Self {
+            leading_since: Some(now),
+            ..Self::default()
+        };
+    }
+
+    /// A node was heard; only registered disks are to be reported.
+    pub fn hear(
+        &mut self,
+        now: Instant,
+        node: NodeId,
+        disks: impl Iterator<Item = (DiskId, DiskReport)>,
+    ) {
+        self.nodes.insert(node, now);
+        self.disks.extend(disks);
+    }
+
+    /// A disk was removed.
+    pub fn forget(&mut self, disk: DiskId) {
+        self.disks.remove(&disk);
+    }
+
+    /// Whether a node is alive.
+    pub fn node_alive(&self, now: Instant, node: NodeId) -> bool {
+        match self.nodes.get(&node) {
+            Some(heard) => now.saturating_duration_since(*heard) < DEAD_AFTER,
+            None => self
+                .leading_since
+                .is_some_and(|since| now.saturating_duration_since(since) < GRACE),
+        }
+    }
+
+    /// Time since the last heartbeat.
+    pub fn age(&self, now: Instant, node: NodeId) -> Option<Duration> {
+        let heard = self.nodes.get(&node).copied().or(self.leading_since)?;
+        Some(now.saturating_duration_since(heard))
+    }
+
+    /// The last report of a disk.
+    pub fn disk(&self, disk: DiskId) -> DiskReport {
+        self.disks.get(&disk).cloned().unwrap_or_default()
+    }
+}
+
+/// State and liveness at one moment.
+pub struct View<'a> {
+    /// The replicated state.
+    pub state: &'a State,
+    /// What was heard.
+    pub liveness: &'a Liveness,
+    /// The moment.
+    pub now: Instant,
+}
+
+impl DiskView for View<'_> {
+    fn alive(&self, disk: DiskId) -> bool {
+        self.state.disk(disk).is_some_and(|d| {
+            self.liveness.node_alive(self.now, d.node) && !self.liveness.disk(disk).failed
+        })
+    }
+
+    fn used_bytes(&self, disk: DiskId) -> u64 {
+        self.liveness.disk(disk).used_bytes
+    }
+}

@@ -1,0 +1,275 @@
+//! One member: consensus, state, liveness, and the routing of requests to the leader.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ashlar_proto::ids::DiskId;
+use ashlar_proto::rpc::metadata::metadata_client::MetadataClient;
+use openraft::ReadPolicy;
+use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use tokio::sync::{Notify, watch};
+use tonic::metadata::MetadataValue;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
+
+use super::convert;
+use super::liveness::{Liveness, View};
+use crate::model::{Answer, Command, State};
+use crate::planner::DiskView;
+use crate::raft::network::channel;
+use crate::raft::state_machine::Shared;
+use crate::raft::types::{MemberId, Raft, TypeConfig};
+
+/// Marks a request that another member has forwarded.
+const FORWARDED: &str = "ashlar-forwarded";
+/// Time in which a request is routed, leader changes included.
+const ROUTE_DEADLINE: Duration = Duration::from_secs(6);
+/// Time that one attempt at the leader may take.
+const ATTEMPT_DEADLINE: Duration = Duration::from_secs(3);
+/// Pause before a new attempt where no leader change wakes it.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Time for a majority to confirm a command or a read.
+const MAJORITY_DEADLINE: Duration = Duration::from_millis(2500);
+/// Connections to members kept.
+const CHANNELS_MAX: usize = 16;
+
+/// What this member knows of the leadership.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Role {
+    /// The leader and its address.
+    pub leader: Option<(MemberId, String)>,
+    /// This member leads, in this term.
+    pub leading_term: Option<u64>,
+    /// The leader (or a majority) was heard of lately.
+    pub in_touch: bool,
+    /// The process is about to stop.
+    pub stopping: bool,
+}
+
+/// Why a request could not be served here.
+pub enum Fault {
+    /// Another member leads (or nobody): route again.
+    NotLeader,
+    /// An answer for the client.
+    Status(Box<Status>),
+}
+
+impl From<Status> for Fault {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+impl From<crate::model::Refusal> for Fault {
+    fn from(refusal: crate::model::Refusal) -> Self {
+        convert::status(refusal).into()
+    }
+}
+
+/// See the module.
+pub struct Member {
+    /// This member's number.
+    pub id: MemberId,
+    pub(crate) raft: Raft,
+    pub(crate) shared: Shared,
+    pub(crate) role: watch::Receiver<Role>,
+    /// Something may be repairable.
+    pub(crate) repair: Notify,
+    liveness: Mutex<Liveness>,
+    channels: Mutex<BTreeMap<String, Channel>>,
+}
+
+impl Member {
+    pub(super) fn new(
+        id: MemberId,
+        raft: Raft,
+        shared: Shared,
+        role: watch::Receiver<Role>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            raft,
+            shared,
+            role,
+            repair: Notify::new(),
+            liveness: Mutex::default(),
+            channels: Mutex::default(),
+        })
+    }
+
+    pub(super) fn liveness(&self) -> MutexGuard<'_, Liveness> {
+        self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `f` with the state and what is known of its disks.
+    pub(super) fn with_view<T>(&self, f: impl FnOnce(&State, &View<'_>) -> T) -> T {
+        let state = self.shared.state();
+        let liveness = self.liveness();
+        f(
+            &state,
+            &View {
+                state: &state,
+                liveness: &liveness,
+                now: Instant::now(),
+            },
+        )
+    }
+
+    /// Whether a disk is alive as far as this member knows; followers hear no heartbeats and say yes.
+    pub(super) fn disk_alive(&self, state: &State, disk: DiskId) -> bool {
+        if self.role.borrow().leading_term.is_none() {
+            return true;
+        }
+        let liveness = self.liveness();
+        View {
+            state,
+            liveness: &liveness,
+            now: Instant::now(),
+        }
+        .alive(disk)
+    }
+
+    /// Commits a command and returns its answer.
+    pub(super) async fn propose(&self, command: Command) -> Result<Answer, Fault> {
+        let written = tokio::time::timeout(MAJORITY_DEADLINE, self.raft.client_write(command))
+            .await
+            .map_err(|_| no_majority())?
+            .map_err(write_fault)?;
+        match written.data {
+            Some(response) => Ok(response?),
+            None => Err(Status::internal("a command without response").into()),
+        }
+    }
+
+    /// Returns when the local state contains everything committed before the call (ReadIndex).
+    pub(super) async fn linearize(&self) -> Result<(), Fault> {
+        let confirmed = tokio::time::timeout(
+            MAJORITY_DEADLINE,
+            self.raft.ensure_linearizable(ReadPolicy::ReadIndex),
+        )
+        .await
+        .map_err(|_| no_majority())?;
+        match confirmed {
+            Ok(_) => Ok(()),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
+                Err(Fault::NotLeader)
+            }
+            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
+                Err(no_majority().into())
+            }
+            Err(RaftError::Fatal(error)) => Err(stopped(error).into()),
+        }
+    }
+
+    fn client(&self, address: &str) -> Result<MetadataClient<Channel>, Status> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(MetadataClient::new(channel.clone()));
+        }
+        let new = channel(address).map_err(|e| {
+            Status::internal(format!("the leader's address {address} is not usable: {e}"))
+        })?;
+        if channels.len() >= CHANNELS_MAX {
+            channels.clear();
+        }
+        channels.insert(address.to_owned(), new.clone());
+        Ok(MetadataClient::new(new))
+    }
+
+    /// Serves a request here if this member leads, else at the leader; waits for elections.
+    pub(super) async fn route<Req, Rep, Local, Remote>(
+        &self,
+        request: Request<Req>,
+        local: impl Fn(Req) -> Local,
+        remote: impl Fn(MetadataClient<Channel>, Request<Req>) -> Remote,
+    ) -> Result<Response<Rep>, Status>
+    where
+        Req: Clone,
+        Local: Future<Output = Result<Rep, Fault>>,
+        Remote: Future<Output = Result<Response<Rep>, Status>>,
+    {
+        self.route_within(ATTEMPT_DEADLINE, request, local, remote)
+            .await
+    }
+
+    /// [`Self::route`] with another deadline of one attempt.
+    pub(super) async fn route_within<Req, Rep, Local, Remote>(
+        &self,
+        attempt: Duration,
+        request: Request<Req>,
+        local: impl Fn(Req) -> Local,
+        remote: impl Fn(MetadataClient<Channel>, Request<Req>) -> Remote,
+    ) -> Result<Response<Rep>, Status>
+    where
+        Req: Clone,
+        Local: Future<Output = Result<Rep, Fault>>,
+        Remote: Future<Output = Result<Response<Rep>, Status>>,
+    {
+        let forwarded = request.metadata().contains_key(FORWARDED);
+        let message = request.into_inner();
+        let deadline = Instant::now() + ROUTE_DEADLINE.max(attempt);
+        let mut role = self.role.clone();
+        let mut last = Status::unavailable(
+            "no leader: a majority of the metadata members must be up; try again",
+        );
+        loop {
+            let leader = role.borrow_and_update().leader.clone();
+            match leader {
+                Some((id, _)) if id == self.id => match local(message.clone()).await {
+                    Ok(reply) => return Ok(Response::new(reply)),
+                    Err(Fault::Status(status)) if status.code() != Code::Unavailable => {
+                        return Err(*status);
+                    }
+                    Err(Fault::Status(status)) => last = *status,
+                    Err(Fault::NotLeader) => {}
+                },
+                Some((_, address)) if !forwarded => {
+                    let mut request = Request::new(message.clone());
+                    request
+                        .metadata_mut()
+                        .insert(FORWARDED, MetadataValue::from_static("1"));
+                    let call = remote(self.client(&address)?, request);
+                    match tokio::time::timeout(attempt, call).await {
+                        Ok(Ok(reply)) => return Ok(reply),
+                        Ok(Err(status)) if status.code() != Code::Unavailable => {
+                            return Err(status);
+                        }
+                        Ok(Err(status)) => last = Status::unavailable(status.message().to_owned()),
+                        Err(_) => {
+                            last = Status::unavailable("the leader does not answer; try again")
+                        }
+                    }
+                }
+                _ => {}
+            }
+            if forwarded || Instant::now() >= deadline || role.borrow().stopping {
+                return Err(last);
+            }
+            // A leader change or the pause, whichever comes first.
+            let _ = tokio::time::timeout(RETRY_PAUSE, role.changed()).await;
+        }
+    }
+}
+
+fn no_majority() -> Status {
+    Status::unavailable(
+        "a majority of the metadata members does not answer; the outcome is unknown: try again with the same request_id",
+    )
+}
+
+fn stopped(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(format!("this member has stopped: {error}"))
+}
+
+/// What a failed write means for the routing.
+pub(super) fn write_fault(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> Fault {
+    match error {
+        RaftError::APIError(
+            ClientWriteError::ForwardToLeader(_) | ClientWriteError::LogEntryDiscarded(_),
+        ) => Fault::NotLeader,
+        RaftError::APIError(error) => Status::failed_precondition(error.to_string()).into(),
+        RaftError::Fatal(error) => stopped(error).into(),
+    }
+}

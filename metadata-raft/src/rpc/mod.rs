@@ -1,0 +1,23 @@
+//! The metadata service of `metadata.proto`, and the member process around it.
+//!
+//! Architecture invariants:
+//! - A mutation is one Raft command; a read is confirmed by the leader (ReadIndex). Followers forward the
+//!   request as it came, once; a forwarded request is never forwarded again.
+//! - Heartbeats and statistics live in the leader's memory only (`liveness`).
+//! - Nothing holds the lock of the state across an await.
+
+mod cluster;
+mod convert;
+mod liveness;
+mod member;
+mod repair_loop;
+mod running;
+mod service;
+mod volumes;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use member::Member;
+pub use running::{Options, Running, StartError};

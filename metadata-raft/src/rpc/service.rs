@@ -1,0 +1,78 @@
+//! The gRPC trait: one line per procedure, each routed to the leader.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ashlar_proto::rpc::metadata as pb;
+use ashlar_proto::rpc::metadata::metadata_server::Metadata;
+use tonic::{Request, Response, Status};
+
+use super::member::Member;
+use super::watch::EventStream;
+
+/// A membership change may send a whole snapshot first.
+const MEMBERSHIP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// See the module.
+pub struct Service(pub Arc<Member>);
+
+type Reply<T> = Result<Response<T>, Status>;
+
+macro_rules! routed {
+    ($($name:ident: $request:ty => $reply:ty;)*) => {
+        #[tonic::async_trait]
+        impl Metadata for Service {
+            type WatchVolumesStream = EventStream;
+
+            async fn get_cluster(&self, _: Request<pb::GetClusterRequest>) -> Reply<pb::Cluster> {
+                Ok(Response::new(self.0.cluster()))
+            }
+
+            async fn add_member(&self, request: Request<pb::AddMemberRequest>) -> Reply<pb::Cluster> {
+                let local = |r| self.0.add_member(r);
+                self.0
+                    .route_within(MEMBERSHIP_DEADLINE, request, local, |mut c, r| async move { c.add_member(r).await })
+                    .await
+            }
+
+            async fn remove_member(&self, request: Request<pb::RemoveMemberRequest>) -> Reply<pb::Cluster> {
+                let local = |r| self.0.remove_member(r);
+                self.0
+                    .route_within(MEMBERSHIP_DEADLINE, request, local, |mut c, r| async move { c.remove_member(r).await })
+                    .await
+            }
+
+            async fn watch_volumes(&self, request: Request<pb::WatchVolumesRequest>) -> Reply<EventStream> {
+                super::watch::start(self.0.clone(), request.into_inner()).map(Response::new)
+            }
+
+            $(async fn $name(&self, request: Request<$request>) -> Reply<$reply> {
+                let local = |r| self.0.$name(r);
+                self.0.route(request, local, |mut c, r| async move { c.$name(r).await }).await
+            })*
+        }
+    };
+}
+
+routed! {
+    register_node: pb::RegisterNodeRequest => pb::Node;
+    register_disk: pb::RegisterDiskRequest => pb::Disk;
+    heartbeat: pb::HeartbeatRequest => pb::HeartbeatResponse;
+    list_nodes: pb::ListNodesRequest => pb::ListNodesResponse;
+    list_disks: pb::ListDisksRequest => pb::ListDisksResponse;
+    remove_disk: pb::RemoveDiskRequest => pb::RemoveDiskResponse;
+    create_pool: pb::CreatePoolRequest => pb::Pool;
+    update_pool: pb::UpdatePoolRequest => pb::Pool;
+    delete_pool: pb::DeletePoolRequest => pb::DeletePoolResponse;
+    list_pools: pb::ListPoolsRequest => pb::ListPoolsResponse;
+    create_volume: pb::CreateVolumeRequest => pb::Volume;
+    get_volume: pb::GetVolumeRequest => pb::Volume;
+    list_volumes: pb::ListVolumesRequest => pb::ListVolumesResponse;
+    resize_volume: pb::ResizeVolumeRequest => pb::Volume;
+    delete_volume: pb::DeleteVolumeRequest => pb::DeleteVolumeResponse;
+    open_volume: pb::OpenVolumeRequest => pb::OpenVolumeResponse;
+    close_volume: pb::CloseVolumeRequest => pb::Volume;
+    change_replicas: pb::ChangeReplicasRequest => pb::ChangeReplicasResponse;
+    rebuild_replica: pb::RebuildReplicaRequest => pb::Volume;
+    move_replica: pb::MoveReplicaRequest => pb::Volume;
+}
