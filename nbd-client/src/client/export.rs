@@ -486,12 +486,28 @@ impl Export {
             for bytes in peer.protocol.output().drain() {
                 reactor.send(conn, bytes);
             }
-            if (peer.leaving || self.draining.is_some()) && peer.in_flight == 0 {
+            // At shutdown the thread may end right after: then the kernel must have all replies.
+            let ends = match self.draining {
+                Some(_) => reactor.send_queued_bytes(conn) == 0,
+                None => peer.leaving,
+            };
+            if ends && peer.in_flight == 0 {
                 // Spec, NBD_CMD_DISC: outstanding requests are handled first; there is no reply.
                 self.peers.remove(&conn);
                 self.gone.push(conn);
                 reactor.close_after_send(conn);
             }
+        }
+    }
+
+    /// All that was queued for a client is sent.
+    pub fn sent(&mut self, conn: ConnId) {
+        if self.draining.is_some()
+            && let Some(peer) = self.peers.get_mut(&conn)
+            && !peer.dirty
+        {
+            peer.dirty = true;
+            self.dirty.push(conn);
         }
     }
 

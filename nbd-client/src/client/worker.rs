@@ -201,6 +201,9 @@ impl Worker {
             Event::Sent { conn } => {
                 // A client that takes its replies again may go on.
                 if let Some(&at) = self.nbd.get(&conn) {
+                    if let Some(export) = &mut self.exports[at] {
+                        export.sent(conn);
+                    }
                     self.touch(at);
                 }
             }
