@@ -75,8 +75,9 @@ struct Stats {
 
 fn main() -> ExitCode {
     let matches = Arguments::command().get_matches();
-    let result = Arguments::from_arg_matches(&matches).map_err(anyhow::Error::from).and_then(
-        |arguments| {
+    let result = Arguments::from_arg_matches(&matches)
+        .map_err(anyhow::Error::from)
+        .and_then(|arguments| {
             start_log(&arguments.log)?;
             match arguments.command {
                 Command::Serve(options) => {
@@ -85,8 +86,7 @@ fn main() -> ExitCode {
                 }
                 Command::Stats(options) => run_stats(&options),
             }
-        },
-    );
+        });
     match result {
         Ok(code) => code,
         Err(error) => {
@@ -98,13 +98,18 @@ fn main() -> ExitCode {
 
 fn start_log(filter: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter).context("--log")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     Ok(())
 }
 
 /// Pairs each --volume with the --socket or --listen that follows it.
 fn pair(matches: &clap::ArgMatches, options: &Serve) -> anyhow::Result<Vec<VolumeSpec>> {
-    let Some((_, serve)) = matches.subcommand() else { bail!("no command") };
+    let Some((_, serve)) = matches.subcommand() else {
+        bail!("no command")
+    };
     let positions = |name: &str| serve.indices_of(name).into_iter().flatten();
     let mut places: Vec<(usize, Endpoint)> = Vec::new();
     places.extend(positions("socket").zip(options.socket.iter().cloned().map(Endpoint::Unix)));
@@ -116,12 +121,19 @@ fn pair(matches: &clap::ArgMatches, options: &Serve) -> anyhow::Result<Vec<Volum
     }
     let mut pairs = Vec::with_capacity(volumes.len());
     for (number, (at, name)) in volumes.iter().enumerate() {
-        let end = volumes.get(number + 1).map_or(usize::MAX, |(next, _)| *next);
-        let mut own = places.iter().filter(|(place, _)| place > at && *place < end);
+        let end = volumes
+            .get(number + 1)
+            .map_or(usize::MAX, |(next, _)| *next);
+        let mut own = places
+            .iter()
+            .filter(|(place, _)| place > at && *place < end);
         let (Some((_, endpoint)), None) = (own.next(), own.next()) else {
             bail!("--volume {name} must be followed by one --socket or --listen");
         };
-        pairs.push(VolumeSpec { name: (*name).clone(), endpoint: endpoint.clone() });
+        pairs.push(VolumeSpec {
+            name: (*name).clone(),
+            endpoint: endpoint.clone(),
+        });
     }
     if pairs.len() != places.len() {
         bail!("a --socket or --listen stands before the first --volume");
@@ -140,7 +152,9 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
         stats_socket: options.stats_socket,
         close_timeout: Duration::from_secs(options.close_timeout),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let outcome = runtime.block_on(async {
         let mut terminate =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -167,7 +181,9 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
 }
 
 fn run_stats(options: &Stats) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let statistics = runtime
         .block_on(stats::ask(&options.socket, options.reset))
         .with_context(|| format!("ask {}", options.socket.display()))?;

@@ -3,28 +3,26 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ashlar_platform::{clock, random};
-use ashlar_proto::ids::{ClientId, ClusterId, DiskId, NodeId, VolumeId};
+use ashlar_platform::clock;
+use ashlar_proto::ids::{ClientId, NodeId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
-use ashlar_proto::volume::VolumeView;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tonic::{Code, Status};
+use tonic::Status;
 
+use super::attachment::Volume;
 use super::messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
 use super::metadata::{BadAddress, Members};
 use super::stats::{self, Statistics};
 use super::worker::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};
-use crate::engine::{MetadataRequest, Session, SessionConfig, SessionEvent, StopReason};
+use crate::engine::{MetadataRequest, Session, SessionConfig, StopReason};
 
 /// Messages from workers that may wait here.
 const CONTROL_MAX: usize = 4096;
-/// Pause before a watch is opened again.
-const WATCH_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a worker to tell its statistics.
 const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 /// At shutdown, the part of the time limit in which requests under way may be answered.
@@ -101,21 +99,6 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
-}
-
-/// What the tasks of one volume share.
-struct Volume {
-    index: usize,
-    name: String,
-    id: VolumeId,
-    client: ClientId,
-    node: NodeId,
-    force: bool,
-    first_open: bool,
-    members: Members,
-    worker: WorkerSender,
-    /// Where disks are reached, as last heard.
-    disks: Mutex<BTreeMap<DiskId, pb::DiskEndpoint>>,
 }
 
 /// A volume that is being served.
@@ -418,293 +401,6 @@ impl Control {
         );
         self.last = format!("volume {name:?}: {why}");
     }
-}
-
-impl Volume {
-    async fn tell(&self, event: SessionEvent) {
-        self.worker
-            .send(ToWorker::Session {
-                index: self.index,
-                event,
-            })
-            .await;
-    }
-
-    fn known_disks(&self) -> std::sync::MutexGuard<'_, BTreeMap<DiskId, pb::DiskEndpoint>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The engine's view of a volume; remembers where its disks are. `None` if it makes no sense.
-    fn view(&self, volume: Option<&pb::Volume>, disks: &[pb::DiskEndpoint]) -> Option<VolumeView> {
-        {
-            let mut known = self.known_disks();
-            for disk in disks {
-                if let Some(id) = DiskId::from_slice(&disk.disk_id) {
-                    known.insert(id, disk.clone());
-                }
-            }
-        }
-        let known: Vec<pb::DiskEndpoint> = self.known_disks().values().cloned().collect();
-        let volume = volume.or_else(|| {
-            tracing::error!(
-                volume = self.name,
-                "metadata answered without the volume: a bug"
-            );
-            None
-        })?;
-        match VolumeView::from_messages(volume, &known) {
-            Ok(view) => Some(view),
-            Err(error) => {
-                tracing::error!(volume = self.name, %error, "metadata sent a malformed volume: a bug");
-                None
-            }
-        }
-    }
-
-    async fn answer(&self, request: MetadataRequest) {
-        match request {
-            MetadataRequest::Open => {
-                self.open().await;
-            }
-            MetadataRequest::ChangeReplicas { epoch, changes } => {
-                let changes = changes
-                    .iter()
-                    .map(|c| pb::ReplicaChange {
-                        group: c.group.0,
-                        disk_id: c.disk.to_vec(),
-                        state: c.state as i32,
-                        incarnation: c.incarnation.0,
-                    })
-                    .collect();
-                let request = pb::ChangeReplicasRequest {
-                    request_id: random::bytes::<16>().to_vec(),
-                    volume_id: self.id.to_vec(),
-                    client_id: self.client.to_vec(),
-                    epoch: epoch.0,
-                    changes,
-                };
-                self.change(request).await;
-            }
-            MetadataRequest::Close { epoch, clean } => {
-                let request = pb::CloseVolumeRequest {
-                    request_id: random::bytes::<16>().to_vec(),
-                    volume_id: self.id.to_vec(),
-                    client_id: self.client.to_vec(),
-                    epoch: epoch.0,
-                    clean,
-                };
-                let result = self
-                    .members
-                    .ask("CloseVolume", |mut c| {
-                        let request = request.clone();
-                        async move { c.close_volume(request).await }
-                    })
-                    .await;
-                match result {
-                    Ok(_) => self.tell(SessionEvent::CloseAnswer).await,
-                    Err(status) => self.refused("CloseVolume", &status).await,
-                }
-            }
-            MetadataRequest::Refresh => {
-                if let Some(event) = self.refresh().await {
-                    self.tell(event).await;
-                }
-            }
-        }
-    }
-
-    /// Opens the volume; true if it was granted.
-    async fn open(&self) -> bool {
-        let request = pb::OpenVolumeRequest {
-            request_id: random::bytes::<16>().to_vec(),
-            volume_id: self.id.to_vec(),
-            client_id: self.client.to_vec(),
-            node_id: self.node.to_vec(),
-            client_name: client_name(),
-            mode: pb::AttachMode::Exclusive as i32,
-            force: self.force,
-        };
-        let result = self
-            .members
-            .ask("OpenVolume", |mut c| {
-                let request = request.clone();
-                async move { c.open_volume(request).await }
-            })
-            .await;
-        let response = match result {
-            Ok(response) => response,
-            Err(status) => {
-                let reason = status.message().to_owned();
-                self.tell(SessionEvent::OpenRefused { reason }).await;
-                return false;
-            }
-        };
-        let cluster = ClusterId::from_slice(&response.cluster_id);
-        let view = self.view(response.volume.as_ref(), &response.disks);
-        let (Some(cluster), Some(view)) = (cluster, view) else {
-            let reason = "metadata's answer makes no sense".to_owned();
-            self.tell(SessionEvent::OpenRefused { reason }).await;
-            return false;
-        };
-        self.worker.send(ToWorker::Cluster(cluster)).await;
-        self.tell(SessionEvent::Granted {
-            view: Box::new(view),
-            previous_clean: response.previous_clean,
-            first_open: self.first_open,
-        })
-        .await;
-        true
-    }
-
-    async fn open_and_watch(&self) {
-        if self.open().await {
-            self.watch().await;
-        }
-    }
-
-    async fn change(&self, request: pb::ChangeReplicasRequest) {
-        let result = self
-            .members
-            .ask("ChangeReplicas", |mut c| {
-                let request = request.clone();
-                async move { c.change_replicas(request).await }
-            })
-            .await;
-        match result {
-            Ok(response) => {
-                if !response.applied {
-                    let reason = response.reason.as_str();
-                    tracing::info!(
-                        volume = self.name,
-                        reason,
-                        "a change of replicas was refused"
-                    );
-                }
-                if let Some(view) = self.view(response.volume.as_ref(), &response.disks) {
-                    let applied = response.applied;
-                    self.tell(SessionEvent::ChangeAnswer {
-                        applied,
-                        view: Box::new(view),
-                    })
-                    .await;
-                }
-            }
-            Err(status) => {
-                tracing::warn!(volume = self.name, %status, "metadata refuses a change of replicas");
-                match self.refresh().await {
-                    Some(SessionEvent::ConfigChanged(view)) => {
-                        self.tell(SessionEvent::ChangeAnswer {
-                            applied: false,
-                            view,
-                        })
-                        .await;
-                    }
-                    Some(event) => self.tell(event).await,
-                    None => {}
-                }
-            }
-        }
-    }
-
-    /// A mutation was refused: the engine learns how the volume is now.
-    async fn refused(&self, what: &str, status: &Status) {
-        tracing::warn!(volume = self.name, what, %status, "metadata refuses");
-        if let Some(event) = self.refresh().await {
-            self.tell(event).await;
-        }
-    }
-
-    /// The volume as the metadata cluster has it, in a linearizable read.
-    async fn refresh(&self) -> Option<SessionEvent> {
-        let request = pb::GetVolumeRequest {
-            name: String::new(),
-            volume_id: self.id.to_vec(),
-        };
-        let result = self
-            .members
-            .ask("GetVolume", |mut c| {
-                let request = request.clone();
-                async move { c.get_volume(request).await }
-            })
-            .await;
-        let volume = match result {
-            Ok(volume) => volume,
-            Err(status) if status.code() == Code::NotFound => return Some(SessionEvent::Deleted),
-            Err(status) => {
-                tracing::error!(volume = self.name, %status, "metadata refuses to show the volume");
-                return None;
-            }
-        };
-        let known = {
-            let disks = self.known_disks();
-            let mut replicas = volume.groups.iter().flat_map(|g| &g.replicas);
-            replicas.all(|r| DiskId::from_slice(&r.disk_id).is_some_and(|d| disks.contains_key(&d)))
-        };
-        if !known {
-            self.learn_disks().await;
-        }
-        let view = self.view(Some(&volume), &[])?;
-        Some(SessionEvent::ConfigChanged(Box::new(view)))
-    }
-
-    async fn learn_disks(&self) {
-        let result = self
-            .members
-            .ask("ListDisks", |mut c| async move {
-                c.list_disks(pb::ListDisksRequest {
-                    node_id: Vec::new(),
-                })
-                .await
-            })
-            .await;
-        let Ok(found) = result else { return };
-        let mut known = self.known_disks();
-        for disk in found.disks {
-            if let Some(id) = DiskId::from_slice(&disk.disk_id) {
-                let endpoint = pb::DiskEndpoint {
-                    disk_id: disk.disk_id,
-                    node_id: disk.node_id,
-                    data_address: disk.data_address,
-                    incarnation: disk.incarnation,
-                    alive: disk.alive,
-                };
-                known.insert(id, endpoint);
-            }
-        }
-    }
-
-    /// Follows the volume's changes for as long as it is served.
-    async fn watch(&self) {
-        loop {
-            let (at, mut client) = self.members.client();
-            let request = pb::WatchVolumesRequest {
-                volume_ids: vec![self.id.to_vec()],
-            };
-            match client.watch_volumes(request).await {
-                Ok(response) => {
-                    let mut stream = response.into_inner();
-                    while let Ok(Some(event)) = stream.message().await {
-                        if event.deleted {
-                            self.tell(SessionEvent::Deleted).await;
-                        } else if let Some(view) = self.view(event.volume.as_ref(), &event.disks) {
-                            self.tell(SessionEvent::ConfigChanged(Box::new(view))).await;
-                        }
-                    }
-                }
-                Err(status) => {
-                    tracing::debug!(volume = self.name, %status, "cannot watch; trying again");
-                }
-            }
-            self.members.pass_over(at);
-            tokio::time::sleep(WATCH_PAUSE).await;
-        }
-    }
-}
-
-/// For people: host name and process.
-fn client_name() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    format!("{}:{}", host.trim(), std::process::id())
 }
 
 /// Serves statistics until the process ends.

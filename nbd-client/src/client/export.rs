@@ -14,15 +14,15 @@ use ashlar_platform::reactor::{ConnId, ListenerId, Reactor};
 use ashlar_proto::ids::VolumeId;
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::Payload;
-use bytes::Bytes;
 
 use super::engine_trait::VolumeEngine;
 use super::messages::{Endpoint, VolumeSetup};
-use super::requests::{Kind, Requests, part_end};
+use super::peer::{Peer, Splitting};
+use super::requests::{Kind, Requests};
 use crate::engine::{
     ClientError, ClientOp, ClientReply, ClientRequest, SessionCommand, SessionEvent,
 };
-use crate::nbd::{self, Command, Incoming, MAX_PART_LENGTH, ZEROES};
+use crate::nbd::{self, Command, Incoming, MAX_PART_LENGTH};
 
 /// Requests under way on one connection.
 const REQUESTS_MAX: u32 = 1024;
@@ -34,43 +34,6 @@ const SEND_QUEUE_MAX: usize = 4 * 1024 * 1024;
 const RESERVE_ABOVE: usize = 4096;
 /// Time for a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A request whose parts are given to the engine one by one, as it accepts them.
-#[derive(Debug)]
-enum Splitting {
-    Read {
-        slot: u32,
-        next: u64,
-        end: u64,
-    },
-    Zeroes {
-        slot: u32,
-        next: u64,
-        end: u64,
-        fua: bool,
-    },
-}
-
-impl Splitting {
-    fn slot(&self) -> u32 {
-        match self {
-            Self::Read { slot, .. } | Self::Zeroes { slot, .. } => *slot,
-        }
-    }
-}
-
-/// One NBD client.
-#[derive(Debug)]
-struct Peer {
-    protocol: nbd::Connection,
-    in_flight: u32,
-    /// Slot of a write whose later parts are still arriving.
-    writing: Option<u32>,
-    splitting: Option<Splitting>,
-    stalled: bool,
-    leaving: bool,
-    dirty: bool,
-}
 
 /// A volume and its clients.
 pub(super) struct Export {
@@ -211,16 +174,7 @@ impl Export {
     }
 
     fn greet(&mut self, now: Time, conn: ConnId) {
-        let peer = Peer {
-            protocol: nbd::Connection::new(),
-            in_flight: 0,
-            writing: None,
-            splitting: None,
-            stalled: false,
-            leaving: false,
-            dirty: true,
-        };
-        self.peers.insert(conn, peer);
+        self.peers.insert(conn, Peer::new());
         self.dirty.push(conn);
         self.handshakes
             .push_back((now.after(HANDSHAKE_TIMEOUT), conn));
@@ -427,37 +381,9 @@ impl Export {
         let Some(peer) = self.peers.get_mut(&conn) else {
             return;
         };
-        let (slot, op, last) = match peer.splitting.as_mut() {
-            Some(Splitting::Read { slot, next, end }) => {
-                let offset = *next;
-                *next = part_end(offset, *end);
-                let length = (*next - offset) as u32;
-                (*slot, ClientOp::Read { offset, length }, next == end)
-            }
-            Some(Splitting::Zeroes {
-                slot,
-                next,
-                end,
-                fua,
-            }) => {
-                let offset = *next;
-                *next = part_end(offset, *end);
-                let data = zeroes((*next - offset) as usize);
-                (
-                    *slot,
-                    ClientOp::Write {
-                        offset,
-                        data,
-                        fua: *fua,
-                    },
-                    next == end,
-                )
-            }
-            None => return,
+        let Some((slot, op, last)) = peer.next_part() else {
+            return;
         };
-        if last {
-            peer.splitting = None;
-        }
         self.submit(now, slot, last, op);
     }
 
@@ -590,16 +516,4 @@ impl Export {
         self.close_listener(reactor);
         self.drop_all(reactor);
     }
-}
-
-/// Zero bytes that take no memory.
-fn zeroes(length: usize) -> Payload {
-    let mut left = length;
-    let mut payload = Payload::new();
-    while left > 0 {
-        let part = left.min(ZEROES.len());
-        payload.push(Bytes::from_static(&ZEROES[..part]));
-        left -= part;
-    }
-    payload
 }

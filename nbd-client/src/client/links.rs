@@ -26,8 +26,6 @@ use ashlar_proto::wire::{
 };
 use bytes::Bytes;
 
-use crate::engine::SessionEvent;
-
 /// Time for connecting and for Hello, each.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1200);
 /// First pause after a failure.
@@ -65,8 +63,10 @@ struct Link {
 
 /// What follows from a change of a link.
 pub(super) enum LinkOutput {
-    /// For a volume's engine.
-    Event(usize, SessionEvent),
+    /// Tell a volume's engine that the disk is reached.
+    Up(usize, DiskId),
+    /// Tell a volume's engine that the disk is not reached.
+    Down(usize, DiskId),
     /// Look up a host name; answer with [`Links::resolved`].
     Resolve(DiskId, String),
 }
@@ -140,8 +140,7 @@ impl Links {
         link.users.insert(user);
         match link.state {
             State::Up(_) => {
-                self.output
-                    .push(LinkOutput::Event(user, SessionEvent::ReplicaUp { disk }));
+                self.output.push(LinkOutput::Up(user, disk));
             }
             State::Idle => {
                 link.address = address;
@@ -250,8 +249,7 @@ impl Links {
         link.frames.clear();
         self.timers.remove(&disk);
         for user in std::mem::take(&mut link.users) {
-            self.output
-                .push(LinkOutput::Event(user, SessionEvent::ReplicaDown { disk }));
+            self.output.push(LinkOutput::Down(user, disk));
         }
     }
 
@@ -390,8 +388,7 @@ impl Links {
                 self.timers.remove(&disk);
                 tracing::debug!(%disk, address = link.address, "connected to a disk");
                 for user in &link.users {
-                    let event = SessionEvent::ReplicaUp { disk };
-                    self.output.push(LinkOutput::Event(*user, event));
+                    self.output.push(LinkOutput::Up(*user, disk));
                 }
                 return;
             }

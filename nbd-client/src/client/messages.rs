@@ -46,7 +46,7 @@ pub enum ToWorker {
         /// The volume.
         index: usize,
         /// The event.
-        event: SessionEvent,
+        event: Box<SessionEvent>,
     },
     /// Answer to [`FromWorker::Resolve`].
     Resolved {

@@ -1,11 +1,11 @@
 //! Threads, connections and metadata access around the session engine and the NBD codec.
 //!
 //! - `worker`: one reactor thread; owns its volumes, their NBD connections and its replica connections.
-//! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `requests`: the NBD
-//!   requests under way.
+//! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `peer`: one client.
+//!   `requests`: the NBD requests under way.
 //! - `links`: the worker's connections to disks, shared by its volumes.
-//! - `control`: the tokio side: starts everything, answers the workers' questions. `metadata`: gRPC with
-//!   failover. `stats`: the statistics socket.
+//! - `control`: the tokio side: starts everything, answers the workers' questions. `attachment`: one
+//!   volume's dealings with metadata. `metadata`: gRPC with failover. `stats`: the statistics socket.
 //!
 //! Invariants:
 //! - A volume, its NBD connections and its engine live on one worker for good; nothing of them is shared
@@ -14,12 +14,14 @@
 //!   left for the replicas, and the other way round for reads.
 //! - A fenced or stopped volume gives no error replies: its connections are dropped.
 
+mod attachment;
 mod control;
 mod engine_trait;
 mod export;
 mod links;
 mod messages;
 mod metadata;
+mod peer;
 mod requests;
 pub mod stats;
 mod worker;

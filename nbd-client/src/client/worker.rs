@@ -12,14 +12,14 @@ use std::time::Duration;
 
 use ashlar_platform::clock::{self, Time};
 use ashlar_platform::reactor::{ConnId, Event, ListenerId, Reactor, ReactorConfig, Waker};
-use ashlar_proto::ids::{ClientId, ReplicaState, VolumeId};
+use ashlar_proto::ids::{ClientId, VolumeId};
 use rustc_hash::FxHashMap;
 use tokio::sync::mpsc;
 
 use super::export::Export;
 use super::links::{LinkOutput, Links};
 use super::messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
-use super::stats::{ReplicaStats, VolumeStats};
+use super::stats::{VolumeStats, volume_stats};
 use crate::engine::{SessionCommand, SessionEvent};
 
 /// Messages that may wait for a worker.
@@ -259,7 +259,14 @@ impl Worker {
     fn take_link_output(&mut self) {
         for output in self.links.output.drain(..) {
             match output {
-                LinkOutput::Event(at, event) => self.pending.push_back((at, event)),
+                LinkOutput::Up(at, disk) => {
+                    self.pending
+                        .push_back((at, SessionEvent::ReplicaUp { disk }));
+                }
+                LinkOutput::Down(at, disk) => {
+                    self.pending
+                        .push_back((at, SessionEvent::ReplicaDown { disk }));
+                }
                 LinkOutput::Resolve(disk, address) => self.outbox.push_back(FromWorker::Resolve {
                     worker: self.config.number,
                     disk,
@@ -297,7 +304,7 @@ impl Worker {
             ToWorker::Cluster(cluster) => self.links.set_cluster(cluster),
             ToWorker::Session { index, event } => {
                 if let Some(&at) = self.positions.get(&index) {
-                    self.pending.push_back((at, event));
+                    self.pending.push_back((at, *event));
                 }
             }
             ToWorker::Resolved { disk, address } => {
@@ -535,64 +542,4 @@ impl Worker {
             .map(|e| volume_stats(e, links, now, reset))
             .collect()
     }
-}
-
-fn volume_stats(export: &mut Export, links: &Links, now: Time, reset: bool) -> VolumeStats {
-    let s = export.engine().stats();
-    let stall = export
-        .requests
-        .longest_stall
-        .max(export.requests.current_stall(now));
-    let request = export.requests.longest_request;
-    if reset {
-        export.requests.longest_stall = Duration::ZERO;
-        export.requests.longest_request = Duration::ZERO;
-    }
-    let groups = export.view.iter().flat_map(|v| v.groups.iter().enumerate());
-    let replicas = groups.flat_map(|(group, replicas)| {
-        replicas.iter().map(move |r| ReplicaStats {
-            group,
-            disk_id: r.disk.to_string(),
-            state: match r.state {
-                ReplicaState::Stale => "stale",
-                ReplicaState::Rebuilding => "rebuilding",
-                ReplicaState::InSync => "in-sync",
-            }
-            .to_owned(),
-            connected: links.is_up(r.disk),
-        })
-    });
-    VolumeStats {
-        index: export.index,
-        name: export.info.name.clone(),
-        volume_id: export.volume.to_string(),
-        size_bytes: export.info.size_bytes,
-        serving: export.serving,
-        epoch: export.view.as_ref().map_or(0, |v| v.epoch.0),
-        connections: export.peer_count(),
-        requests_in_flight: export.requests.len(),
-        reads: s.reads,
-        writes: s.writes,
-        flushes: s.flushes,
-        read_bytes: s.read_bytes,
-        written_bytes: s.written_bytes,
-        longest_stall_us: microseconds(stall),
-        longest_request_us: microseconds(request),
-        background_flushes: s.background_flushes,
-        exclusions: s.exclusions,
-        promotions: s.promotions,
-        bad_blocks_found: s.bad_blocks_found,
-        bad_blocks_repaired: s.bad_blocks_repaired,
-        blocks_reconciled: s.blocks_reconciled,
-        writes_replayed: s.writes_replayed,
-        reads_delayed: s.reads_delayed,
-        rebuild_blocks_moved: s.rebuild_blocks_moved,
-        in_flight_bytes: s.in_flight_bytes,
-        retained_bytes: s.retained_bytes,
-        replicas: replicas.collect(),
-    }
-}
-
-fn microseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -161,5 +161,6 @@ impl Default for Connection {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 #[path = "connection_tests.rs"]
 mod tests;
