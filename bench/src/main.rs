@@ -1,2 +1,54 @@
-//! Entry point.
-fn main() {}
+//! `ashlar-bench`: the demonstration (`demo`, behind `make demo`) and the measurements (`run`, behind
+//! `make bench`). Both drive the real programs of the same build over their public interfaces: the
+//! `ashlar` command, `nbd-client`, and fio's nbd engine.
+//!
+//! Invariants:
+//! - Nothing is reported that was not measured in this run; a bar that is missed is printed as missed.
+//! - Every process that is started is stopped again: children are killed when their guard is dropped, the
+//!   cluster through `ashlar dev down`.
+
+mod chart;
+mod cluster;
+mod demo;
+mod fio;
+mod machine;
+mod matrix;
+mod report;
+mod run;
+mod series;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Demonstrates and measures Ashlar.
+#[derive(Parser, Debug)]
+#[command(name = "ashlar-bench", version)]
+struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// A replicated volume under load while processes are killed: exits 0 only if everything holds
+    Demo(demo::DemoArgs),
+    /// Speed, CPU and memory against the raw disk and qemu-nbd
+    Run(run::RunArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Run(args) => run::run(&args),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -72,6 +72,9 @@ pub struct UpArgs {
     /// First of the ports [default: free ones are looked for]
     #[arg(long)]
     base_port: Option<u16>,
+    /// Write all of each new disk file first: as on a used disk, and for measurements
+    #[arg(long)]
+    preallocate: bool,
     /// How long to wait until it is ready, in seconds
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     ready_timeout: u64,
@@ -223,6 +226,7 @@ fn done(name: Name, result: &str, output: Output) -> Result<()> {
 
 async fn up(args: &UpArgs, directory: &Path, output: Output) -> Result<()> {
     let mut cluster = DevCluster::open_or_create(directory, |existing| args.spec(existing))?;
+    cluster.preallocate = args.preallocate;
     let mut started = 0;
     for name in cluster.state.spec.names() {
         if cluster.condition(name) == Condition::Paused {

@@ -1,5 +1,6 @@
 //! The life of a development cluster: made, started, watched until it is ready, stopped, deleted.
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -33,6 +34,8 @@ pub struct DevCluster {
     directory: PathBuf,
     /// What the state file says.
     pub state: State,
+    /// Write all of each new disk file before it is formatted.
+    pub preallocate: bool,
     _lock: std::fs::File,
 }
 
@@ -46,6 +49,7 @@ impl DevCluster {
             .context(|| format!("find {}", directory.display()))?;
         Ok(Self {
             state: State::load_existing(&directory)?,
+            preallocate: false,
             directory,
             _lock: lock,
         })
@@ -75,6 +79,7 @@ impl DevCluster {
         Ok(Self {
             directory,
             state,
+            preallocate: false,
             _lock: lock,
         })
     }
@@ -190,6 +195,9 @@ impl DevCluster {
         let doing = || format!("format {}", path.display());
         if fresh.exists() {
             std::fs::remove_file(&fresh).context(doing)?;
+        }
+        if self.preallocate {
+            write_zeros(&fresh, self.state.spec.disk_size_bytes).context(doing)?;
         }
         let output = Command::new(process::sibling("storage-daemon")?)
             .arg("format")
@@ -374,6 +382,21 @@ impl DevCluster {
             .await
             .ok()
     }
+}
+
+/// Writes a file of zeros, so that its blocks are allocated and written. (Only allocating them would
+/// leave unwritten extents, whose first write is slower than any later one.)
+fn write_zeros(path: &Path, bytes: u64) -> std::io::Result<()> {
+    const PIECE: usize = 1 << 20;
+    let mut file = std::fs::File::create(path)?;
+    let zeros = vec![0u8; PIECE];
+    let mut left = bytes;
+    while left > 0 {
+        let length = left.min(PIECE as u64) as usize;
+        file.write_all(&zeros[..length])?;
+        left -= length as u64;
+    }
+    file.sync_all()
 }
 
 /// Finds a run of free ports.
