@@ -41,14 +41,17 @@ impl Session {
         self.epoch = view.epoch;
         self.view = view;
         if self.groups.is_empty() {
-            self.groups.resize_with(self.view.groups.len(), Group::default);
+            self.groups
+                .resize_with(self.view.groups.len(), Group::default);
         }
         self.learn_addresses();
         for g in 0..self.groups.len() {
             self.adopt_group(g);
         }
         if grown {
-            self.out.push(SessionCommand::Resized { size_bytes: self.view.size_bytes });
+            self.out.push(SessionCommand::Resized {
+                size_bytes: self.view.size_bytes,
+            });
         }
         if newer {
             self.change_interrupted();
@@ -130,7 +133,11 @@ impl Session {
         let still = kept.common(rebuilding);
         group.targets = group.targets.common(still);
         group.counted = group.counted.common(still);
-        let changed: PeerSet = old.iter().map(|m| m.peer).filter(|p| !kept.contains(*p)).collect();
+        let changed: PeerSet = old
+            .iter()
+            .map(|m| m.peer)
+            .filter(|p| !kept.contains(*p))
+            .collect();
         let shrunk = !old_in_sync.without(in_sync).is_empty();
         self.group_changed(g, changed, shrunk, old_in_sync);
     }
@@ -161,7 +168,11 @@ impl Session {
 
     /// A peer left a membership: if it is in sync nowhere, nothing known of it holds any longer.
     fn release_peer(&mut self, index: u8) {
-        if self.groups.iter().any(|g| g.in_sync.contains(index) || g.targets.contains(index)) {
+        if self
+            .groups
+            .iter()
+            .any(|g| g.in_sync.contains(index) || g.targets.contains(index))
+        {
             return;
         }
         let peer = &mut self.peers[index as usize];
@@ -213,7 +224,8 @@ impl Session {
         peer.blocked = true;
         peer.lease_until = ashlar_platform::clock::Time(0);
         if !std::mem::replace(&mut self.refreshing, true) {
-            self.out.push(SessionCommand::Metadata(MetadataRequest::Refresh));
+            self.out
+                .push(SessionCommand::Metadata(MetadataRequest::Refresh));
         }
     }
 }

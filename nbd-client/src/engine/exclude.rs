@@ -30,7 +30,11 @@ const CHANGE_PAUSE: Duration = Duration::from_millis(200);
 pub(super) enum Change {
     Idle,
     /// R4: flushing a remaining replica of each group before asking.
-    Flushing { number: u64, sent: PeerSet, answered: PeerSet },
+    Flushing {
+        number: u64,
+        sent: PeerSet,
+        answered: PeerSet,
+    },
     /// ChangeReplicas is outstanding.
     Asked,
 }
@@ -84,7 +88,10 @@ impl Session {
         if matches!(self.change, Change::Asked) || self.now < self.change_pause {
             return;
         }
-        if !matches!(self.phase, Phase::Opening | Phase::Serving | Phase::Draining) {
+        if !matches!(
+            self.phase,
+            Phase::Opening | Phase::Serving | Phase::Draining
+        ) {
             return;
         }
         let list = self.to_exclude();
@@ -114,8 +121,11 @@ impl Session {
         if !matches!(self.change, Change::Flushing { .. }) {
             self.flush_number += 1;
             let number = self.flush_number;
-            self.change =
-                Change::Flushing { number, sent: PeerSet::EMPTY, answered: PeerSet::EMPTY };
+            self.change = Change::Flushing {
+                number,
+                sent: PeerSet::EMPTY,
+                answered: PeerSet::EMPTY,
+            };
         }
         let mut ready = true;
         let mut ask = PeerSet::EMPTY;
@@ -124,8 +134,13 @@ impl Session {
                 continue;
             }
             let in_sync = self.groups[*g].in_sync;
-            let rest: PeerSet = in_sync.iter().filter(|p| !self.peers[*p as usize].failed).collect();
-            let Change::Flushing { answered, .. } = &self.change else { return false };
+            let rest: PeerSet = in_sync
+                .iter()
+                .filter(|p| !self.peers[*p as usize].failed)
+                .collect();
+            let Change::Flushing { answered, .. } = &self.change else {
+                return false;
+            };
             if !answered.intersects(rest) {
                 ready = false;
                 ask = ask.union(rest);
@@ -133,19 +148,27 @@ impl Session {
         }
         for peer in ask.iter() {
             let usable = self.usable(peer);
-            let Change::Flushing { number, sent, .. } = &mut self.change else { return false };
+            let Change::Flushing { number, sent, .. } = &mut self.change else {
+                return false;
+            };
             if usable && !sent.contains(peer) {
                 sent.insert(peer);
                 let number = *number;
                 let flush = self.flush_body(peer);
-                self.send(peer, Purpose::PreFlush { number }, RequestBody::Flush(flush));
+                self.send(
+                    peer,
+                    Purpose::PreFlush { number },
+                    RequestBody::Flush(flush),
+                );
             }
         }
         ready
     }
 
     pub(super) fn on_preflushed(&mut self, peer: u8, flushed: u64) {
-        if let Change::Flushing { number, answered, .. } = &mut self.change
+        if let Change::Flushing {
+            number, answered, ..
+        } = &mut self.change
             && *number == flushed
         {
             answered.insert(peer);
@@ -166,7 +189,11 @@ impl Session {
         self.change = Change::Asked;
         let epoch = self.epoch;
         tracing::info!(volume = %self.config.volume, ?changes, "asking for a change of replicas");
-        self.out.push(SessionCommand::Metadata(MetadataRequest::ChangeReplicas { epoch, changes }));
+        self.out
+            .push(SessionCommand::Metadata(MetadataRequest::ChangeReplicas {
+                epoch,
+                changes,
+            }));
     }
 
     /// Metadata answered a ChangeReplicas (the view is adopted by the caller).

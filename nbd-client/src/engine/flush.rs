@@ -57,7 +57,9 @@ impl Session {
     }
 
     fn flush_needed(&self) -> PeerSet {
-        self.groups.iter().fold(PeerSet::EMPTY, |set, g| set.union(g.needed()))
+        self.groups
+            .iter()
+            .fold(PeerSet::EMPTY, |set, g| set.union(g.needed()))
     }
 
     /// Sends what is to be sent; ends the flush when all have answered.
@@ -94,8 +96,15 @@ impl Session {
             .groups
             .iter()
             .all(|g| g.members.iter().all(|m| m.state == ReplicaState::InSync));
-        let watermark = if member_everywhere { self.confirmed } else { Version::ZERO };
-        Flush { watermark, forget_below: if whole { self.confirmed } else { Version::ZERO } }
+        let watermark = if member_everywhere {
+            self.confirmed
+        } else {
+            Version::ZERO
+        };
+        Flush {
+            watermark,
+            forget_below: if whole { self.confirmed } else { Version::ZERO },
+        }
     }
 
     pub(super) fn on_flushed(&mut self, peer: u8, number: u64) {

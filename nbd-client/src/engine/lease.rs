@@ -13,7 +13,11 @@ use super::session::Session;
 impl Session {
     /// A peer answered a request without refusing the epoch.
     pub(super) fn renew_lease(&mut self, peer: u8, sent: Time) {
-        let until = sent.after(self.config.lease.saturating_sub(self.config.lease_drift_margin));
+        let until = sent.after(
+            self.config
+                .lease
+                .saturating_sub(self.config.lease_drift_margin),
+        );
         let peer = &mut self.peers[peer as usize];
         if until > peer.lease_until {
             peer.lease_until = until;

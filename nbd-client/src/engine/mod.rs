@@ -30,6 +30,9 @@ mod rmw;
 mod session;
 mod slots;
 mod status;
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests;
 mod write;
 
 pub use api::*;

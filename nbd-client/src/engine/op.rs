@@ -8,7 +8,8 @@ use ashlar_proto::ids::{BLOCK_SIZE, CHUNK_SIZE};
 use smallvec::SmallVec;
 
 use super::api::{
-    ClientError, ClientOp, ClientReply, ClientRequest, REQUEST_BYTES_MAX, ReadSegments, SessionCommand,
+    ClientError, ClientOp, ClientReply, ClientRequest, REQUEST_BYTES_MAX, ReadSegments,
+    SessionCommand,
 };
 use super::session::{Phase, Session};
 use super::slots::Key;
@@ -66,13 +67,16 @@ impl Session {
     }
 
     fn in_range(&self, offset: u64, length: u64) -> bool {
-        offset.checked_add(length).is_some_and(|end| end <= self.view.size_bytes)
+        offset
+            .checked_add(length)
+            .is_some_and(|end| end <= self.view.size_bytes)
     }
 
     fn valid(&self, op: &ClientOp) -> bool {
         match op {
             ClientOp::Read { offset, length } => {
-                u64::from(*length) <= REQUEST_BYTES_MAX && self.in_range(*offset, u64::from(*length))
+                u64::from(*length) <= REQUEST_BYTES_MAX
+                    && self.in_range(*offset, u64::from(*length))
             }
             ClientOp::Write { offset, data, .. } => {
                 let length = payload_len(data) as u64;
@@ -96,13 +100,21 @@ impl Session {
             return self.begin_flush(tag);
         }
         let kind = match &what {
-            ClientOp::Read { .. } => OpKind::Read { parts: SmallVec::new() },
+            ClientOp::Read { .. } => OpKind::Read {
+                parts: SmallVec::new(),
+            },
             ClientOp::BlockStatus { offset, length } => {
                 OpKind::Status(Box::new(StatusMap::new(*offset, *length)))
             }
             _ => OpKind::Write,
         };
-        let op = self.ops.insert(Op { tag, bytes, pending: 1, error: None, kind });
+        let op = self.ops.insert(Op {
+            tag,
+            bytes,
+            pending: 1,
+            error: None,
+            kind,
+        });
         match what {
             ClientOp::Read { offset, length } => {
                 self.stats.read_bytes += u64::from(length);
@@ -112,8 +124,16 @@ impl Session {
                 self.stats.written_bytes += payload_len(&data) as u64;
                 self.begin_write(op, offset, &data, fua);
             }
-            ClientOp::Trim { offset, length, fua } => self.begin_trim(op, offset, length, fua, false),
-            ClientOp::WriteZeroes { offset, length, fua } => {
+            ClientOp::Trim {
+                offset,
+                length,
+                fua,
+            } => self.begin_trim(op, offset, length, fua, false),
+            ClientOp::WriteZeroes {
+                offset,
+                length,
+                fua,
+            } => {
                 self.begin_trim(op, offset, length, fua, true);
             }
             ClientOp::BlockStatus { .. } => self.begin_status(op),
@@ -131,9 +151,13 @@ impl Session {
 
     /// One more part of a read; its number.
     pub(super) fn op_add_read_part(&mut self, op: Key) -> u32 {
-        let Some(op) = self.ops.get_mut(op) else { return 0 };
+        let Some(op) = self.ops.get_mut(op) else {
+            return 0;
+        };
         op.pending += 1;
-        let OpKind::Read { parts } = &mut op.kind else { return 0 };
+        let OpKind::Read { parts } = &mut op.kind else {
+            return 0;
+        };
         parts.push(ReadSegments::new());
         (parts.len() - 1) as u32
     }
@@ -162,13 +186,17 @@ impl Session {
 
     /// A part is done; the last one answers the request.
     pub(super) fn op_part_done(&mut self, key: Key, error: Option<ClientError>) {
-        let Some(op) = self.ops.get_mut(key) else { return };
+        let Some(op) = self.ops.get_mut(key) else {
+            return;
+        };
         op.error = op.error.or(error);
         op.pending -= 1;
         if op.pending > 0 {
             return;
         }
-        let Some(op) = self.ops.remove(key) else { return };
+        let Some(op) = self.ops.remove(key) else {
+            return;
+        };
         self.stats.in_flight_bytes -= op.bytes;
         if self.ops.is_empty() {
             self.pump |= self.phase == Phase::Draining;

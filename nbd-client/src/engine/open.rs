@@ -33,7 +33,9 @@ impl Session {
 
     /// In-sync replicas of all groups.
     pub(super) fn in_sync_peers(&self) -> PeerSet {
-        self.groups.iter().fold(PeerSet::EMPTY, |set, g| set.union(g.in_sync))
+        self.groups
+            .iter()
+            .fold(PeerSet::EMPTY, |set, g| set.union(g.in_sync))
     }
 
     pub(super) fn opening_reconciled(&self) -> bool {
@@ -71,9 +73,12 @@ impl Session {
             }
             return;
         }
-        let configured =
-            in_sync.iter().all(|p| self.peers[p as usize].configured >= self.epoch);
-        let waited = self.lease_wait_until().is_none_or(|until| self.now >= until);
+        let configured = in_sync
+            .iter()
+            .all(|p| self.peers[p as usize].configured >= self.epoch);
+        let waited = self
+            .lease_wait_until()
+            .is_none_or(|until| self.now >= until);
         if configured && waited {
             self.serve();
         }
@@ -98,7 +103,9 @@ impl Session {
             self.refresh_group(g);
         }
         tracing::info!(volume = %self.config.volume, epoch = self.epoch.0, "serving");
-        self.out.push(SessionCommand::Serving { size_bytes: self.view.size_bytes });
+        self.out.push(SessionCommand::Serving {
+            size_bytes: self.view.size_bytes,
+        });
         self.begin_waiting();
         self.pump = true;
     }
@@ -140,7 +147,10 @@ impl Session {
             return;
         }
         if matches!(self.change, super::exclude::Change::Asked)
-            || self.groups.iter().any(|g| g.in_sync.iter().any(|p| self.peers[p as usize].failed))
+            || self
+                .groups
+                .iter()
+                .any(|g| g.in_sync.iter().any(|p| self.peers[p as usize].failed))
         {
             // A failed replica is excluded first, so that "clean" is true of every in-sync one.
             return;
@@ -152,7 +162,11 @@ impl Session {
 
     pub(super) fn ask_close(&mut self) {
         let (epoch, clean) = (self.epoch, self.closed_clean);
-        self.out.push(SessionCommand::Metadata(MetadataRequest::Close { epoch, clean }));
+        self.out
+            .push(SessionCommand::Metadata(MetadataRequest::Close {
+                epoch,
+                clean,
+            }));
     }
 
     /// The end: nothing follows.
@@ -164,8 +178,11 @@ impl Session {
         self.phase = Phase::Stopped;
         for peer in &mut self.peers {
             if !matches!(peer.link, Link::Down { .. }) {
-                peer.link = Link::Down { retry_at: Time(u64::MAX) };
-                self.out.push(SessionCommand::Disconnect { disk: peer.disk });
+                peer.link = Link::Down {
+                    retry_at: Time(u64::MAX),
+                };
+                self.out
+                    .push(SessionCommand::Disconnect { disk: peer.disk });
             }
         }
         self.out.push(SessionCommand::Stopped { reason });

@@ -4,7 +4,7 @@
 //! Invariants:
 //! - An answer is returned only while the lease of its group holds: every in-sync member and counted
 //!   target answered a request of this session sent within the lease time.
-//! - No block is returned whose version belongs to a write that is still in flight.
+//! - No block is returned to a client whose version belongs to a write that is still in flight.
 //! - No byte is returned that does not match its checksum. A block that is bad on every in-sync replica
 //!   is an I/O error.
 
@@ -69,12 +69,23 @@ impl Session {
             let part = self.op_add_read_part(op);
             let head = (position - first) as u32;
             let owner = ReadOwner::Op { op, part };
-            self.submit_read(owner, range_at(first, covered), head, (stop - position) as u32);
+            self.submit_read(
+                owner,
+                range_at(first, covered),
+                head,
+                (stop - position) as u32,
+            );
             position = stop;
         }
     }
 
-    pub(super) fn submit_read(&mut self, owner: ReadOwner, range: BlockRange, head: u32, length: u32) {
+    pub(super) fn submit_read(
+        &mut self,
+        owner: ReadOwner,
+        range: BlockRange,
+        head: u32,
+        length: u32,
+    ) {
         let group = self.view.group_of(range.chunk).0;
         let key = self.reads.insert(ReadSlot {
             owner,
@@ -117,13 +128,21 @@ impl Session {
 
     /// False: no replica can be asked now.
     fn send_read(&mut self, key: Key) -> bool {
-        let Some(slot) = self.reads.get(key) else { return true };
+        let Some(slot) = self.reads.get(key) else {
+            return true;
+        };
         let (range, g, tried) = (slot.range, slot.group as usize, slot.tried);
-        let Some(peer) = self.choose_source(g, range.chunk.0, tried) else { return false };
+        let Some(peer) = self.choose_source(g, range.chunk.0, tried) else {
+            return false;
+        };
         if let Some(slot) = self.reads.get_mut(key) {
             slot.peer = Some(peer);
         }
-        let read = Read { range, snapshot: self.view.snapshot, exact_layer: false };
+        let read = Read {
+            range,
+            snapshot: self.view.snapshot,
+            exact_layer: false,
+        };
         self.send(peer, Purpose::Read { slot: key }, RequestBody::Read(read));
         true
     }
@@ -162,7 +181,9 @@ impl Session {
 
     /// An answer from a replica.
     pub(super) fn on_read(&mut self, peer: u8, key: Key, reply: ReadReply) {
-        let Some(slot) = self.reads.get(key) else { return };
+        let Some(slot) = self.reads.get(key) else {
+            return;
+        };
         if slot.peer != Some(peer) || slot.answer.is_some() {
             return;
         }
@@ -187,11 +208,16 @@ impl Session {
 
     /// Gathers good blocks; asks the next replica for what is missing (R8).
     fn merge_answer(&mut self, peer: u8, key: Key, reply: &ReadReply) {
-        let Some(slot) = self.reads.get_mut(key) else { return };
+        let Some(slot) = self.reads.get_mut(key) else {
+            return;
+        };
         let count = slot.range.count as usize;
-        let merge = slot
-            .merge
-            .get_or_insert_with(|| Box::new(Merge { blocks: vec![None; count], bad: Vec::new() }));
+        let merge = slot.merge.get_or_insert_with(|| {
+            Box::new(Merge {
+                blocks: vec![None; count],
+                bad: Vec::new(),
+            })
+        });
         let mut found = 0;
         for (index, (info, data)) in blocks_of(reply).enumerate() {
             if info.state == BlockState::Bad || !verified(&info, &data) {
@@ -211,7 +237,9 @@ impl Session {
     }
 
     fn merge_go_on(&mut self, key: Key) {
-        let Some(slot) = self.reads.get(key) else { return };
+        let Some(slot) = self.reads.get(key) else {
+            return;
+        };
         let Some(merge) = &slot.merge else { return };
         let group = &self.groups[slot.group as usize];
         if merge.blocks.iter().all(Option::is_some) {
@@ -224,10 +252,18 @@ impl Session {
     }
 
     fn merge_complete(&mut self, key: Key) {
-        let Some(slot) = self.reads.get_mut(key) else { return };
-        let Some(merge) = slot.merge.take() else { return };
+        let Some(slot) = self.reads.get_mut(key) else {
+            return;
+        };
+        let Some(merge) = slot.merge.take() else {
+            return;
+        };
         let range = slot.range;
-        let mut reply = ReadReply { range, blocks: Default::default(), data: Payload::new() };
+        let mut reply = ReadReply {
+            range,
+            blocks: Default::default(),
+            data: Payload::new(),
+        };
         let mut repairs = Vec::new();
         for (info, data) in merge.blocks.into_iter().flatten() {
             reply.blocks.push(info);
@@ -245,11 +281,18 @@ impl Session {
 
     /// Rewrites a bad block with intact data of equal version.
     fn repair(&mut self, peer: u8, range: BlockRange, index: u16, info: BlockInfo, data: Bytes) {
-        if info.state != BlockState::Data || !self.usable(peer) || self.window.in_flight(info.version) {
+        if info.state != BlockState::Data
+            || !self.usable(peer)
+            || self.window.in_flight(info.version)
+        {
             return;
         }
         let write = Write {
-            range: BlockRange { chunk: range.chunk, first: range.first + index, count: 1 },
+            range: BlockRange {
+                chunk: range.chunk,
+                first: range.first + index,
+                count: 1,
+            },
             snapshot: self.view.snapshot,
             version: info.version,
             durable: false,
@@ -266,7 +309,9 @@ impl Session {
         }
         let parked = std::mem::take(&mut self.parked);
         for key in parked {
-            let Some(slot) = self.reads.get(key) else { continue };
+            let Some(slot) = self.reads.get(key) else {
+                continue;
+            };
             if slot.answer.is_some() {
                 if !self.try_return(key) {
                     self.parked.push(key);
@@ -283,12 +328,22 @@ impl Session {
 
     /// Returns a verified answer if R6 allows it now.
     fn try_return(&mut self, key: Key) -> bool {
-        let Some(slot) = self.reads.get(key) else { return true };
-        let Some(answer) = &slot.answer else { return false };
+        let Some(slot) = self.reads.get(key) else {
+            return true;
+        };
+        let Some(answer) = &slot.answer else {
+            return false;
+        };
         let early = self.planted(PlantedBug::ReadInFlight);
-        let waits = !early && answer.blocks.iter().any(|b| self.window.in_flight(b.version));
+        let base = matches!(slot.owner, ReadOwner::Rmw(_));
+        let waits = !early
+            && !base
+            && answer
+                .blocks
+                .iter()
+                .any(|b| self.window.in_flight(b.version));
         let g = slot.group as usize;
-        if waits || !self.lease_holds(g) {
+        if waits || (!base && !self.lease_holds(g)) {
             if let Some(slot) = self.reads.get_mut(key)
                 && !slot.delayed
             {
@@ -297,15 +352,21 @@ impl Session {
             }
             return false;
         }
-        let Some(slot) = self.reads.get(key) else { return true };
-        let Some(answer) = &slot.answer else { return false };
+        let Some(slot) = self.reads.get(key) else {
+            return true;
+        };
+        let Some(answer) = &slot.answer else {
+            return false;
+        };
         let segments = segments_of(answer, slot.head as usize, slot.length as usize);
         self.finish_read(key, Ok(segments));
         true
     }
 
     fn finish_read(&mut self, key: Key, result: Result<ReadSegments, ClientError>) {
-        let Some(slot) = self.reads.remove(key) else { return };
+        let Some(slot) = self.reads.remove(key) else {
+            return;
+        };
         match slot.owner {
             ReadOwner::Op { op, part } => self.op_read_done(op, part, result),
             ReadOwner::Rmw(rmw) => self.rmw_base(rmw, result),
@@ -315,7 +376,11 @@ impl Session {
 
 /// Whether an answer has the shape that the request asks for.
 pub(super) fn well_formed(range: BlockRange, reply: &ReadReply) -> bool {
-    let data = reply.blocks.iter().filter(|b| b.state == BlockState::Data).count();
+    let data = reply
+        .blocks
+        .iter()
+        .filter(|b| b.state == BlockState::Data)
+        .count();
     reply.range == range
         && reply.blocks.len() == range.count as usize
         && payload_len(&reply.data) == data * BLOCK_SIZE
@@ -361,7 +426,10 @@ fn segments_of(reply: &ReadReply, head: usize, length: usize) -> ReadSegments {
     let mut index = 0;
     while index < blocks.len() && rest > 0 {
         let data = blocks[index].state == BlockState::Data;
-        let run = blocks[index..].iter().take_while(|b| (b.state == BlockState::Data) == data).count();
+        let run = blocks[index..]
+            .iter()
+            .take_while(|b| (b.state == BlockState::Data) == data)
+            .count();
         let bytes = run * BLOCK_SIZE;
         let take = (bytes - skip).min(rest);
         if data {

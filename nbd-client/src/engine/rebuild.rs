@@ -4,7 +4,7 @@
 //! |---|---|
 //! | Waiting | the target is reachable: Fence(rebuild epoch e) is sent |
 //! | Fencing | the Fence is answered: the target receives every write with an epoch >= e from now on |
-//! | Draining | no write with an epoch < e is in flight, and e is durable on all in-sync members |
+//! | Draining | every write with an epoch < e is applied on all in-sync members, where e is durable too |
 //! | Starting | PullStart is answered |
 //! | Pulling | PullStatus says complete (failed, or none: Draining again) |
 //! | Settling | the target counts in acknowledgements and has answered every acknowledged write |
@@ -75,7 +75,9 @@ impl Session {
     }
 
     fn target_pump(&mut self, g: usize, peer: u8) {
-        let Some(member) = self.groups[g].member(peer) else { return };
+        let Some(member) = self.groups[g].member(peer) else {
+            return;
+        };
         let target = &member.target;
         if target.waiting || self.now < target.next_at || !self.usable(peer) {
             return;
@@ -83,7 +85,10 @@ impl Session {
         let (group, membership) = (g as u32, member.membership);
         match target.phase {
             TargetPhase::Waiting => {
-                let fence = Fence { create: true, rebuild_epoch: member.rebuild_epoch };
+                let fence = Fence {
+                    create: true,
+                    rebuild_epoch: member.rebuild_epoch,
+                };
                 self.set_target(g, peer, TargetPhase::Fencing, true);
                 let purpose = Purpose::TargetFence { group, membership };
                 self.send(peer, purpose, RequestBody::Fence(fence));
@@ -94,7 +99,9 @@ impl Session {
             TargetPhase::Pulling => {
                 self.set_target(g, peer, TargetPhase::Pulling, true);
                 let purpose = Purpose::PullStatus { group, membership };
-                let body = RequestBody::PullStatus { group: GroupIndex(group) };
+                let body = RequestBody::PullStatus {
+                    group: GroupIndex(group),
+                };
                 self.send(peer, purpose, body);
             }
             TargetPhase::Settling => self.target_settle(g, peer),
@@ -119,13 +126,28 @@ impl Session {
             .filter(|m| m.membership == membership && m.state == ReplicaState::Rebuilding)
     }
 
-    pub(super) fn on_target_fence(&mut self, g: usize, peer: u8, membership: u32, actual: Incarnation) {
-        let Some(member) = self.target_of(g, peer, membership) else { return };
+    pub(super) fn on_target_fence(
+        &mut self,
+        g: usize,
+        peer: u8,
+        membership: u32,
+        actual: Incarnation,
+    ) {
+        let Some(member) = self.target_of(g, peer, membership) else {
+            return;
+        };
         if member.target.phase != TargetPhase::Fencing {
             return;
         }
-        member.target = Target { phase: TargetPhase::Draining, ..Target::default() };
-        if !self.groups.iter().any(|g| g.in_sync.contains(peer) || g.targets.contains(peer)) {
+        member.target = Target {
+            phase: TargetPhase::Draining,
+            ..Target::default()
+        };
+        if !self
+            .groups
+            .iter()
+            .any(|g| g.in_sync.contains(peer) || g.targets.contains(peer))
+        {
             self.peers[peer as usize].incarnation = actual;
             self.peers[peer as usize].configured = ashlar_proto::ids::Epoch(0);
         }
@@ -137,14 +159,20 @@ impl Session {
     /// The holder confirms, and the target pulls.
     fn pull_start(&mut self, g: usize, peer: u8) {
         let group = &self.groups[g];
-        let Some(member) = group.member(peer) else { return };
+        let Some(member) = group.member(peer) else {
+            return;
+        };
         let (rebuild_epoch, membership) = (member.rebuild_epoch, member.membership);
-        let configured =
-            group.in_sync.iter().all(|p| self.peers[p as usize].configured >= rebuild_epoch);
-        if !configured || !group.acknowledging && group.recovering || self.window.in_flight_below(rebuild_epoch) {
+        let configured = group
+            .in_sync
+            .iter()
+            .all(|p| self.peers[p as usize].configured >= rebuild_epoch);
+        if !configured || group.recovering || !self.drained_below(g, rebuild_epoch) {
             return;
         }
-        let Some(source) = self.choose_source(g, g as u32, Default::default()) else { return };
+        let Some(source) = self.choose_source(g, g as u32, Default::default()) else {
+            return;
+        };
         let source = &self.peers[source as usize];
         let body = RequestBody::PullStart(PullStart {
             group: GroupIndex(g as u32),
@@ -156,7 +184,14 @@ impl Session {
             bytes_per_second: self.config.rebuild_bytes_per_second,
         });
         self.set_target(g, peer, TargetPhase::Starting, true);
-        self.send(peer, Purpose::PullStart { group: g as u32, membership }, body);
+        self.send(
+            peer,
+            Purpose::PullStart {
+                group: g as u32,
+                membership,
+            },
+            body,
+        );
     }
 
     pub(super) fn on_pull_started(&mut self, g: usize, peer: u8, membership: u32) {
@@ -165,13 +200,26 @@ impl Session {
             && member.target.phase == TargetPhase::Starting
         {
             let moved = member.target.moved;
-            member.target = Target { phase: TargetPhase::Pulling, waiting: false, next_at, moved };
+            member.target = Target {
+                phase: TargetPhase::Pulling,
+                waiting: false,
+                next_at,
+                moved,
+            };
         }
     }
 
-    pub(super) fn on_pull_status(&mut self, g: usize, peer: u8, membership: u32, progress: PullProgress) {
+    pub(super) fn on_pull_status(
+        &mut self,
+        g: usize,
+        peer: u8,
+        membership: u32,
+        progress: PullProgress,
+    ) {
         let now = self.now;
-        let Some(member) = self.target_of(g, peer, membership) else { return };
+        let Some(member) = self.target_of(g, peer, membership) else {
+            return;
+        };
         if member.target.phase != TargetPhase::Pulling {
             return;
         }
@@ -199,16 +247,25 @@ impl Session {
     fn target_settle(&mut self, g: usize, peer: u8) {
         self.groups[g].counted.insert(peer);
         let careless = self.planted(PlantedBug::PromoteWithoutTargetAcks);
-        let behind = self.writes.iter().any(|(_, w)| {
-            w.group as usize == g && w.done && !w.answered.contains(peer)
-        });
+        let behind = self
+            .writes
+            .iter()
+            .any(|(_, w)| w.group as usize == g && w.done && !w.answered.contains(peer));
         if behind && !careless {
             return;
         }
-        let Some(membership) = self.groups[g].member(peer).map(|m| m.membership) else { return };
+        let Some(membership) = self.groups[g].member(peer).map(|m| m.membership) else {
+            return;
+        };
         self.set_target(g, peer, TargetPhase::Flushing, true);
-        let flush = Flush { watermark: Version::ZERO, forget_below: Version::ZERO };
-        let purpose = Purpose::TargetFlush { group: g as u32, membership };
+        let flush = Flush {
+            watermark: Version::ZERO,
+            forget_below: Version::ZERO,
+        };
+        let purpose = Purpose::TargetFlush {
+            group: g as u32,
+            membership,
+        };
         self.send(peer, purpose, RequestBody::Flush(flush));
     }
 
@@ -221,7 +278,10 @@ impl Session {
     }
 
     fn promote(&mut self, g: usize, peer: u8) {
-        let healthy = self.groups[g].needed().iter().all(|p| !self.peers[p as usize].failed);
+        let healthy = self.groups[g]
+            .needed()
+            .iter()
+            .all(|p| !self.peers[p as usize].failed);
         if !matches!(self.change, Change::Idle) || !healthy || self.now < self.change_pause {
             return;
         }
@@ -249,7 +309,9 @@ impl Session {
     /// A request of a rebuild got no answer.
     pub(super) fn target_void(&mut self, g: usize, peer: u8, membership: u32) {
         let next_at = self.now.after(RESTART_PAUSE);
-        let Some(member) = self.target_of(g, peer, membership) else { return };
+        let Some(member) = self.target_of(g, peer, membership) else {
+            return;
+        };
         let target = &mut member.target;
         target.waiting = false;
         target.phase = match target.phase {
@@ -273,7 +335,12 @@ impl Session {
                 TargetPhase::Waiting | TargetPhase::Fencing => TargetPhase::Waiting,
                 _ => TargetPhase::Draining,
             };
-            member.target = Target { phase, waiting: false, next_at, moved: member.target.moved };
+            member.target = Target {
+                phase,
+                waiting: false,
+                next_at,
+                moved: member.target.moved,
+            };
         }
     }
 
@@ -282,7 +349,11 @@ impl Session {
         for member in &mut self.groups[g].members {
             if member.target.phase > TargetPhase::Draining {
                 let moved = member.target.moved;
-                member.target = Target { phase: TargetPhase::Draining, moved, ..Target::default() };
+                member.target = Target {
+                    phase: TargetPhase::Draining,
+                    moved,
+                    ..Target::default()
+                };
             }
         }
     }

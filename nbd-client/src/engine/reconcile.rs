@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 
 use ashlar_proto::ids::{BlockRange, GroupIndex, Version};
 use ashlar_proto::wire::{
-    BlockState, Checksums, Collect, Cursor, Entries, Entry, Read, ReadReply, RequestBody, Trim, Write,
+    BlockState, Checksums, Collect, Cursor, Entries, Entry, Read, ReadReply, RequestBody, Trim,
+    Write,
 };
 
 use super::read::{blocks_of, verified, well_formed};
@@ -60,8 +61,13 @@ impl Session {
         }
         self.reconcile_merge(g);
         self.reconcile_ask(g);
-        let Some(run) = &self.groups[g].reconcile else { return };
-        let listed = run.sources.iter().all(|s| s.entries.is_empty() && s.next.is_none());
+        let Some(run) = &self.groups[g].reconcile else {
+            return;
+        };
+        let listed = run
+            .sources
+            .iter()
+            .all(|s| s.entries.is_empty() && s.next.is_none());
         if listed && run.fixes.iter().all(Option::is_none) {
             self.groups[g].reconcile = None;
             self.groups[g].reconciled = true;
@@ -90,15 +96,21 @@ impl Session {
             })
             .collect();
         let number = self.reconciles;
-        self.groups[g].reconcile =
-            Some(Box::new(Reconcile { number, watermark, sources, fixes: Vec::new() }));
+        self.groups[g].reconcile = Some(Box::new(Reconcile {
+            number,
+            watermark,
+            sources,
+            fixes: Vec::new(),
+        }));
     }
 
     /// Asks every member whose list is used up for its next page.
     fn reconcile_ask(&mut self, g: usize) {
         let group_count = self.groups.len() as u32;
         let group = GroupIndex(g as u32);
-        let Some(run) = &mut self.groups[g].reconcile else { return };
+        let Some(run) = &mut self.groups[g].reconcile else {
+            return;
+        };
         let (number, watermark) = (run.number, run.watermark);
         let mut asks = Vec::new();
         for source in &mut run.sources {
@@ -111,18 +123,32 @@ impl Session {
             }
         }
         for (peer, from) in asks {
-            let collect = Collect { group, group_count, watermark, from };
-            let purpose = Purpose::Collect { group: group.0, number };
+            let collect = Collect {
+                group,
+                group_count,
+                watermark,
+                from,
+            };
+            let purpose = Purpose::Collect {
+                group: group.0,
+                number,
+            };
             self.send(peer, purpose, RequestBody::Collect(collect));
         }
     }
 
     fn reconcile_run(&mut self, g: usize, number: u64) -> Option<&mut Reconcile> {
-        self.groups.get_mut(g)?.reconcile.as_deref_mut().filter(|r| r.number == number)
+        self.groups
+            .get_mut(g)?
+            .reconcile
+            .as_deref_mut()
+            .filter(|r| r.number == number)
     }
 
     pub(super) fn on_collected(&mut self, peer: u8, g: usize, number: u64, entries: Entries) {
-        let Some(run) = self.reconcile_run(g, number) else { return };
+        let Some(run) = self.reconcile_run(g, number) else {
+            return;
+        };
         if let Some(source) = run.sources.iter_mut().find(|s| s.peer == peer) {
             source.asked = false;
             // A member that does not advance would be asked for ever.
@@ -140,16 +166,25 @@ impl Session {
     fn reconcile_merge(&mut self, g: usize) {
         loop {
             let in_sync = self.groups[g].in_sync;
-            let Some(run) = &mut self.groups[g].reconcile else { return };
+            let Some(run) = &mut self.groups[g].reconcile else {
+                return;
+            };
             if run.fixes.iter().flatten().count() >= FIXES_MAX
-                || run.sources.iter().any(|s| s.entries.is_empty() && s.next.is_some())
+                || run
+                    .sources
+                    .iter()
+                    .any(|s| s.entries.is_empty() && s.next.is_some())
             {
                 return;
             }
             let fronts = || run.sources.iter().filter_map(|s| s.entries.front());
-            let Some(at) = fronts().map(|e| e.at).min() else { return };
+            let Some(at) = fronts().map(|e| e.at).min() else {
+                return;
+            };
             let here = || fronts().filter(|e| e.at == at);
-            let Some(version) = here().map(|e| e.version).max() else { return };
+            let Some(version) = here().map(|e| e.version).max() else {
+                return;
+            };
             // Of equal versions an intact one is copied.
             let Some(best) = here()
                 .filter(|e| e.version == version)
@@ -172,15 +207,28 @@ impl Session {
             }
             let missing = in_sync.without(have);
             if !missing.is_empty() {
-                self.reconcile_fix(g, Fix { entry: best, holders, missing });
+                self.reconcile_fix(
+                    g,
+                    Fix {
+                        entry: best,
+                        holders,
+                        missing,
+                    },
+                );
             }
         }
     }
 
     fn reconcile_fix(&mut self, g: usize, fix: Fix) {
-        let Some(run) = &mut self.groups[g].reconcile else { return };
+        let Some(run) = &mut self.groups[g].reconcile else {
+            return;
+        };
         let number = run.number;
-        let index = run.fixes.iter().position(Option::is_none).unwrap_or(run.fixes.len());
+        let index = run
+            .fixes
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(run.fixes.len());
         if index == run.fixes.len() {
             run.fixes.push(None);
         }
@@ -205,9 +253,13 @@ impl Session {
 
     /// Reads a block from the next member that holds it.
     fn reconcile_read(&mut self, g: usize, fix: u32) {
-        let Some(run) = &mut self.groups[g].reconcile else { return };
+        let Some(run) = &mut self.groups[g].reconcile else {
+            return;
+        };
         let number = run.number;
-        let Some(Some(slot)) = run.fixes.get(fix as usize) else { return };
+        let Some(Some(slot)) = run.fixes.get(fix as usize) else {
+            return;
+        };
         let (entry, holder) = (slot.entry, slot.holders.first());
         match holder.filter(|_| entry.state == BlockState::Data) {
             Some(peer) => {
@@ -216,7 +268,11 @@ impl Session {
                     snapshot: entry.at.snapshot,
                     exact_layer: true,
                 };
-                let purpose = Purpose::ReconcileRead { group: g as u32, number, fix };
+                let purpose = Purpose::ReconcileRead {
+                    group: g as u32,
+                    number,
+                    fix,
+                };
                 self.send(peer, purpose, RequestBody::Read(read));
             }
             None => self.reconcile_bad(g, entry),
@@ -227,8 +283,15 @@ impl Session {
     fn reconcile_bad(&mut self, g: usize, entry: Entry) {
         tracing::error!(volume = %self.config.volume, ?entry, "newest version of a block is unreadable: its replica is excluded; if it is the last one, an operator must decide");
         let holders: Vec<u8> = self.groups[g].in_sync.iter().collect();
-        let Some(run) = &mut self.groups[g].reconcile else { return };
-        let missing = run.fixes.iter().flatten().find(|f| f.entry.at == entry.at).map(|f| f.missing);
+        let Some(run) = &mut self.groups[g].reconcile else {
+            return;
+        };
+        let missing = run
+            .fixes
+            .iter()
+            .flatten()
+            .find(|f| f.entry.at == entry.at)
+            .map(|f| f.missing);
         for peer in holders {
             if missing.is_some_and(|m| !m.contains(peer)) {
                 self.peers[peer as usize].lost = true;
@@ -246,11 +309,19 @@ impl Session {
         fix: u32,
         reply: &ReadReply,
     ) {
-        let Some(run) = self.reconcile_run(g, number) else { return };
-        let Some(Some(slot)) = run.fixes.get_mut(fix as usize) else { return };
+        let Some(run) = self.reconcile_run(g, number) else {
+            return;
+        };
+        let Some(Some(slot)) = run.fixes.get_mut(fix as usize) else {
+            return;
+        };
         let (entry, missing) = (slot.entry, slot.missing);
         let range = one_block(&entry);
-        let block = if well_formed(range, reply) { blocks_of(reply).next() } else { None };
+        let block = if well_formed(range, reply) {
+            blocks_of(reply).next()
+        } else {
+            None
+        };
         let intact = block
             .filter(|(info, data)| info.state == BlockState::Data && verified(info, data))
             .filter(|(info, _)| info.version == entry.version);
@@ -268,14 +339,22 @@ impl Session {
             data: [data].into_iter().collect(),
         };
         for target in missing.iter() {
-            let purpose = Purpose::ReconcileWrite { group: g as u32, number, fix };
+            let purpose = Purpose::ReconcileWrite {
+                group: g as u32,
+                number,
+                fix,
+            };
             self.send(target, purpose, RequestBody::Write(write.clone()));
         }
     }
 
     pub(super) fn on_reconcile_written(&mut self, peer: u8, g: usize, number: u64, fix: u32) {
-        let Some(run) = self.reconcile_run(g, number) else { return };
-        let Some(place) = run.fixes.get_mut(fix as usize) else { return };
+        let Some(run) = self.reconcile_run(g, number) else {
+            return;
+        };
+        let Some(place) = run.fixes.get_mut(fix as usize) else {
+            return;
+        };
         let Some(slot) = place else { return };
         slot.missing.remove(peer);
         if slot.missing.is_empty() {
@@ -389,5 +468,9 @@ impl Session {
 }
 
 fn one_block(entry: &Entry) -> BlockRange {
-    BlockRange { chunk: entry.at.chunk, first: entry.at.block, count: 1 }
+    BlockRange {
+        chunk: entry.at.chunk,
+        first: entry.at.block,
+        count: 1,
+    }
 }

@@ -18,9 +18,9 @@ use ashlar_proto::ids::{DiskId, Epoch, Incarnation, ReplicaState, RequestId, Ver
 use ashlar_proto::wire::{Fence, FenceReply, Request, RequestBody};
 use smallvec::SmallVec;
 
-use super::api::{SessionCommand, PlantedBug};
-use super::reconcile::Reconcile;
+use super::api::{PlantedBug, SessionCommand};
 use super::rebuild::Target;
+use super::reconcile::Reconcile;
 use super::session::{Phase, Session};
 use super::slots::{Key, PEERS_MAX, PeerSet};
 
@@ -133,21 +133,59 @@ impl Group {
 /// What an outstanding request is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Purpose {
-    Write { slot: Key, attempt: u16, membership: u32 },
-    Read { slot: Key },
+    Write {
+        slot: Key,
+        attempt: u16,
+        membership: u32,
+    },
+    Read {
+        slot: Key,
+    },
     Probe,
     Ping,
-    Configure { epoch: Epoch },
-    Flush { number: u64 },
-    PreFlush { number: u64 },
-    Collect { group: u32, number: u64 },
-    ReconcileRead { group: u32, number: u64, fix: u32 },
-    ReconcileWrite { group: u32, number: u64, fix: u32 },
-    Digest { op: Key, chunk: u32 },
-    TargetFence { group: u32, membership: u32 },
-    PullStart { group: u32, membership: u32 },
-    PullStatus { group: u32, membership: u32 },
-    TargetFlush { group: u32, membership: u32 },
+    Configure {
+        epoch: Epoch,
+    },
+    Flush {
+        number: u64,
+    },
+    PreFlush {
+        number: u64,
+    },
+    Collect {
+        group: u32,
+        number: u64,
+    },
+    ReconcileRead {
+        group: u32,
+        number: u64,
+        fix: u32,
+    },
+    ReconcileWrite {
+        group: u32,
+        number: u64,
+        fix: u32,
+    },
+    Digest {
+        op: Key,
+        chunk: u32,
+    },
+    TargetFence {
+        group: u32,
+        membership: u32,
+    },
+    PullStart {
+        group: u32,
+        membership: u32,
+    },
+    PullStatus {
+        group: u32,
+        membership: u32,
+    },
+    TargetFlush {
+        group: u32,
+        membership: u32,
+    },
     Repair,
 }
 
@@ -242,7 +280,9 @@ impl Session {
     fn link_down(&mut self, index: u8) {
         let now = self.now;
         let peer = &mut self.peers[index as usize];
-        peer.link = Link::Down { retry_at: now.after(peer.backoff) };
+        peer.link = Link::Down {
+            retry_at: now.after(peer.backoff),
+        };
         peer.backoff = (peer.backoff * 2).min(RECONNECT_MAX);
         peer.ping_outstanding = false;
         peer.configuring = Epoch(0);
@@ -256,7 +296,9 @@ impl Session {
     }
 
     pub(super) fn on_replica_up(&mut self, disk: DiskId) {
-        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else { return };
+        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else {
+            return;
+        };
         if self.peers[index].link != Link::Connecting {
             return;
         }
@@ -274,16 +316,21 @@ impl Session {
 
     fn probe(&mut self, index: u8) {
         let create = self.first_open
-            || self
-                .groups
-                .iter()
-                .any(|g| g.member(index).is_some_and(|m| m.state == ReplicaState::Rebuilding));
-        let body = RequestBody::Fence(Fence { create, rebuild_epoch: Epoch(0) });
+            || self.groups.iter().any(|g| {
+                g.member(index)
+                    .is_some_and(|m| m.state == ReplicaState::Rebuilding)
+            });
+        let body = RequestBody::Fence(Fence {
+            create,
+            rebuild_epoch: Epoch(0),
+        });
         self.send(index, Purpose::Probe, body);
     }
 
     pub(super) fn on_replica_down(&mut self, disk: DiskId) {
-        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else { return };
+        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else {
+            return;
+        };
         if matches!(self.peers[index].link, Link::Down { .. }) {
             return;
         }
@@ -334,7 +381,8 @@ impl Session {
         peer.written = reply.written;
         peer.blocked = false;
         if in_sync || target {
-            peer.damaged = reply.damaged || (!reply.existed && !(opening && first_open && !peer.fenced));
+            peer.damaged =
+                reply.damaged || (!reply.existed && !(opening && first_open && !peer.fenced));
             let changed = !peer.incarnation_is(actual) && !opening;
             peer.lost = peer.damaged || changed;
         } else {
@@ -359,7 +407,10 @@ impl Session {
             if self.groups[g].member(index).is_none() {
                 continue;
             }
-            let others_failed = self.groups[g].in_sync.iter().any(|p| self.peers[p as usize].failed);
+            let others_failed = self.groups[g]
+                .in_sync
+                .iter()
+                .any(|p| self.peers[p as usize].failed);
             if was_failed && others_failed {
                 self.groups[g].grace_until = now.after(BLACKOUT_GRACE);
             }
@@ -404,7 +455,11 @@ impl Session {
     /// Sends one request; the caller has checked `usable` (or probes).
     pub(super) fn send(&mut self, index: u8, purpose: Purpose, body: RequestBody) {
         let sent = self.now;
-        let key = self.requests.insert(Outstanding { peer: index, sent, purpose });
+        let key = self.requests.insert(Outstanding {
+            peer: index,
+            sent,
+            purpose,
+        });
         let peer = &mut self.peers[index as usize];
         peer.queue.push_back((key, sent));
         let unchecked = matches!(body, RequestBody::Fence(_));
@@ -412,10 +467,17 @@ impl Session {
             id: self.request_id_base.with(key),
             volume: self.config.volume,
             epoch: self.epoch,
-            incarnation: if unchecked { Incarnation(0) } else { peer.incarnation },
+            incarnation: if unchecked {
+                Incarnation(0)
+            } else {
+                peer.incarnation
+            },
             body,
         };
-        self.out.push(SessionCommand::Send { disk: peer.disk, request });
+        self.out.push(SessionCommand::Send {
+            disk: peer.disk,
+            request,
+        });
     }
 
     /// Takes the request that a reply answers; `None` if it is not (or no longer) outstanding.
@@ -458,7 +520,9 @@ impl Session {
                 self.resume_peer(index);
             }
             let peer = &self.peers[index as usize];
-            let Some((_, oldest)) = peer.queue.front().copied() else { continue };
+            let Some((_, oldest)) = peer.queue.front().copied() else {
+                continue;
+            };
             let silent = self.now.since(peer.last_answer.max(oldest));
             let age = self.now.since(oldest);
             if silent >= self.config.answer_timeout || age >= REQUEST_TIMEOUT {
@@ -488,7 +552,8 @@ impl Session {
             if let Some((_, oldest)) = peer.queue.front() {
                 let base = peer.last_answer.max(*oldest);
                 let timeout = self.config.answer_timeout;
-                let can_ping = peer.link == Link::Up && !peer.ping_outstanding && !peer.lost && !peer.blocked;
+                let can_ping =
+                    peer.link == Link::Up && !peer.ping_outstanding && !peer.lost && !peer.blocked;
                 add(base.after(if can_ping { timeout / 3 } else { timeout }));
                 add(oldest.after(REQUEST_TIMEOUT));
             }
@@ -500,7 +565,11 @@ impl Session {
     pub(super) fn refresh_group(&mut self, g: usize) {
         let group = &self.groups[g];
         let early = self.planted(PlantedBug::AckBeforeExclusion);
-        let hold = group.needed().union(group.targets).iter().any(|p| self.peers[p as usize].failed);
+        let hold = group
+            .needed()
+            .union(group.targets)
+            .iter()
+            .any(|p| self.peers[p as usize].failed);
         let configured = group
             .in_sync
             .iter()

@@ -1,12 +1,14 @@
 //! Writes of less than a block: read, modify, write (R3: block lock from read to acknowledgement).
 //!
 //! Invariants:
-//! - Of the partial writes of one block, only the one with the lowest version is beyond waiting.
-//! - Its read starts only when no write in flight with a lower version overlaps the block: what it
-//!   read then contains every write below its own version, so nothing acknowledged is overwritten with
-//!   old bytes. A whole-block write with a higher version simply supersedes it.
+//! - Of the partial writes of one block, at most one is beyond waiting; they go in order of arrival.
+//! - It draws its version when its read starts, and that is when no write in flight overlaps the block:
+//!   what it reads contains every write below its own version, so nothing acknowledged is overwritten
+//!   with old bytes. A whole-block write that arrives later has a higher version and supersedes it.
+//! - Its read therefore waits for nothing: neither for acknowledgements (what is in flight now is
+//!   newer) nor for a lease (its write is fenced like any).
 
-use ashlar_proto::ids::{BLOCK_SIZE, BlockRange, Version};
+use ashlar_proto::ids::{BLOCK_SIZE, BlockRange, Epoch, Version};
 use ashlar_proto::wire::Payload;
 use bytes::{Bytes, BytesMut};
 
@@ -31,25 +33,36 @@ pub(super) struct Rmw {
     /// First byte within the block.
     from: usize,
     patch: Payload,
+    /// ZERO while waiting.
     version: Version,
     durable: bool,
+    /// Of arrival.
+    order: u64,
     state: State,
+}
+
+impl Rmw {
+    /// Whether it has a version below an epoch and is not a write yet.
+    pub(super) fn reads_below(&self, epoch: Epoch) -> bool {
+        self.state == State::Reading && self.version.epoch < epoch
+    }
 }
 
 impl Session {
     /// Queues a partial write; it starts when it may.
-    pub(super) fn begin_rmw(
-        &mut self,
-        op: Key,
-        offset: u64,
-        patch: Payload,
-        version: Version,
-        durable: bool,
-    ) {
+    pub(super) fn begin_rmw(&mut self, op: Key, offset: u64, patch: Payload, durable: bool) {
         let block = BLOCK_SIZE as u64;
-        let range = range_at(offset / block * block, block);
-        let from = (offset % block) as usize;
-        self.rmws.insert(Rmw { op, range, from, patch, version, durable, state: State::Waiting });
+        self.rmw_arrivals += 1;
+        self.rmws.insert(Rmw {
+            op,
+            range: range_at(offset / block * block, block),
+            from: (offset % block) as usize,
+            patch,
+            version: Version::ZERO,
+            durable,
+            order: self.rmw_arrivals,
+            state: State::Waiting,
+        });
         self.rmw_waiting += 1;
         self.rmw_pump();
     }
@@ -60,21 +73,25 @@ impl Session {
             return;
         }
         for key in self.rmws.keys_where(|r| r.state == State::Waiting) {
-            let Some(rmw) = self.rmws.get(key) else { continue };
-            let (range, version) = (rmw.range, rmw.version);
+            let Some(rmw) = self.rmws.get(key) else {
+                continue;
+            };
+            let (range, order) = (rmw.range, rmw.order);
             let locked = self
                 .rmws
                 .iter()
-                .any(|(_, other)| other.range == range && other.version < version);
+                .any(|(_, other)| other.range == range && other.order < order);
             let overlapped = self
                 .writes
                 .iter()
-                .any(|(_, w)| !w.done && w.version < version && w.range.overlaps(range));
+                .any(|(_, w)| !w.done && w.range.overlaps(range));
             if locked || overlapped {
                 continue;
             }
+            let version = self.window.draw(self.epoch);
             if let Some(rmw) = self.rmws.get_mut(key) {
                 rmw.state = State::Reading;
+                rmw.version = version;
             }
             self.rmw_waiting -= 1;
             self.submit_read(ReadOwner::Rmw(key), range, 0, BLOCK_SIZE as u32);
@@ -94,12 +111,17 @@ impl Session {
                 return self.rmw_written(key, Some(error));
             }
         };
-        let Some(rmw) = self.rmws.get_mut(key) else { return };
+        let Some(rmw) = self.rmws.get_mut(key) else {
+            return;
+        };
         rmw.state = State::Writing;
         let block = merge(&segments, rmw.from, &rmw.patch);
         let data = Payload::from_iter([block]);
         let (range, version, durable) = (rmw.range, rmw.version, rmw.durable);
-        let body = Body::Data { checksums: checksums(&data), data };
+        let body = Body::Data {
+            checksums: checksums(&data),
+            data,
+        };
         self.submit_write(WriteOwner::Rmw(key), range, version, body, durable);
     }
 

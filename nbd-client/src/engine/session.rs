@@ -109,6 +109,7 @@ pub struct Session {
     pub(super) parked: Vec<Key>,
     pub(super) rmws: Slab<Rmw>,
     pub(super) rmw_waiting: usize,
+    pub(super) rmw_arrivals: u64,
     pub(super) status_parked: Vec<(Key, u32)>,
     pub(super) window: Window,
     pub(super) zeroes: Bytes,
@@ -163,6 +164,7 @@ impl Session {
             parked: Vec::new(),
             rmws: Slab::new(),
             rmw_waiting: 0,
+            rmw_arrivals: 0,
             status_parked: Vec::new(),
             window: Window::new(Epoch(0)),
             zeroes: Bytes::from_static(&[0; ashlar_proto::ids::BLOCK_SIZE]),
@@ -206,14 +208,19 @@ impl Session {
             SessionEvent::Start => {
                 if self.phase == Phase::Idle {
                     self.phase = Phase::Asking;
-                    self.out.push(SessionCommand::Metadata(MetadataRequest::Open));
+                    self.out
+                        .push(SessionCommand::Metadata(MetadataRequest::Open));
                 }
             }
             SessionEvent::Client(request) => self.on_client(request),
             SessionEvent::ReplicaUp { disk } => self.on_replica_up(disk),
             SessionEvent::ReplicaDown { disk } => self.on_replica_down(disk),
             SessionEvent::Reply { disk, reply } => self.on_reply(disk, reply),
-            SessionEvent::Granted { view, previous_clean, first_open } => {
+            SessionEvent::Granted {
+                view,
+                previous_clean,
+                first_open,
+            } => {
                 self.on_granted(*view, previous_clean, first_open);
             }
             SessionEvent::OpenRefused { reason } => self.stop(StopReason::OpenRefused(reason)),
@@ -275,12 +282,16 @@ impl Session {
     }
 
     fn on_reply(&mut self, disk: DiskId, reply: Reply) {
-        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else { return };
+        let Some(index) = self.peers.iter().position(|p| p.disk == disk) else {
+            return;
+        };
         let index = index as u8;
         if reply.volume != self.config.volume {
             return;
         }
-        let Some(outstanding) = self.take_request(index, reply.id) else { return };
+        let Some(outstanding) = self.take_request(index, reply.id) else {
+            return;
+        };
         let peer = &mut self.peers[index as usize];
         peer.actual = reply.incarnation;
         match reply.result {
@@ -303,7 +314,14 @@ impl Session {
         body: ReplyBody,
     ) {
         match (purpose, body) {
-            (Purpose::Write { slot, attempt, membership }, ReplyBody::Written(_)) => {
+            (
+                Purpose::Write {
+                    slot,
+                    attempt,
+                    membership,
+                },
+                ReplyBody::Written(_),
+            ) => {
                 self.on_written(peer, slot, attempt, membership);
             }
             (Purpose::Read { slot }, ReplyBody::Read(reply)) => self.on_read(peer, slot, reply),
@@ -351,7 +369,14 @@ impl Session {
     /// A replica refused a request.
     fn on_refusal(&mut self, peer: u8, purpose: Purpose, status: Status, fence: Epoch) {
         match (status, purpose) {
-            (Status::NoSpace, Purpose::Write { slot, attempt, membership }) => {
+            (
+                Status::NoSpace,
+                Purpose::Write {
+                    slot,
+                    attempt,
+                    membership,
+                },
+            ) => {
                 return self.on_write_no_space(peer, slot, attempt, membership);
             }
             (_, Purpose::Repair) => return,
@@ -366,7 +391,8 @@ impl Session {
             (Status::Busy, _) => self.busy(peer),
             (
                 Status::WrongState | Status::IncarnationMismatch | Status::UnknownVolume,
-                Purpose::PullStart { group, membership } | Purpose::PullStatus { group, membership },
+                Purpose::PullStart { group, membership }
+                | Purpose::PullStatus { group, membership },
             ) => self.target_refused(group as usize, peer, membership),
             (
                 Status::IncarnationMismatch

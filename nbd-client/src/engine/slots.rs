@@ -34,28 +34,48 @@ pub(super) struct Slab<T> {
 
 impl<T> Slab<T> {
     pub(super) fn new() -> Self {
-        Self { slots: Vec::new(), free: Vec::new() }
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+        }
     }
 
     pub(super) fn insert(&mut self, value: T) -> Key {
         if let Some(index) = self.free.pop() {
             let slot = &mut self.slots[index as usize];
             slot.value = Some(value);
-            return Key { index, generation: slot.generation };
+            return Key {
+                index,
+                generation: slot.generation,
+            };
         }
         let index = self.slots.len() as u32;
-        self.slots.push(Slot { generation: 1, value: Some(value) });
-        Key { index, generation: 1 }
+        self.slots.push(Slot {
+            generation: 1,
+            value: Some(value),
+        });
+        Key {
+            index,
+            generation: 1,
+        }
     }
 
     pub(super) fn get(&self, key: Key) -> Option<&T> {
         let slot = self.slots.get(key.index as usize)?;
-        if slot.generation == key.generation { slot.value.as_ref() } else { None }
+        if slot.generation == key.generation {
+            slot.value.as_ref()
+        } else {
+            None
+        }
     }
 
     pub(super) fn get_mut(&mut self, key: Key) -> Option<&mut T> {
         let slot = self.slots.get_mut(key.index as usize)?;
-        if slot.generation == key.generation { slot.value.as_mut() } else { None }
+        if slot.generation == key.generation {
+            slot.value.as_mut()
+        } else {
+            None
+        }
     }
 
     pub(super) fn remove(&mut self, key: Key) -> Option<T> {
@@ -80,21 +100,30 @@ impl<T> Slab<T> {
     /// In slot order: deterministic.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         self.slots.iter().enumerate().filter_map(|(i, s)| {
-            let key = Key { index: i as u32, generation: s.generation };
+            let key = Key {
+                index: i as u32,
+                generation: s.generation,
+            };
             s.value.as_ref().map(|v| (key, v))
         })
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (Key, &mut T)> {
         self.slots.iter_mut().enumerate().filter_map(|(i, s)| {
-            let key = Key { index: i as u32, generation: s.generation };
+            let key = Key {
+                index: i as u32,
+                generation: s.generation,
+            };
             s.value.as_mut().map(|v| (key, v))
         })
     }
 
     /// The keys whose values satisfy a test, for loops that change the slab.
     pub(super) fn keys_where(&self, mut test: impl FnMut(&T) -> bool) -> Vec<Key> {
-        self.iter().filter(|(_, v)| test(v)).map(|(k, _)| k).collect()
+        self.iter()
+            .filter(|(_, v)| test(v))
+            .map(|(k, _)| k)
+            .collect()
     }
 }
 
@@ -175,7 +204,14 @@ pub(super) struct Window {
 
 impl Window {
     pub(super) fn new(epoch: Epoch) -> Self {
-        Self { base: 1, entries: VecDeque::new(), last: Version { epoch, ..Version::ZERO } }
+        Self {
+            base: 1,
+            entries: VecDeque::new(),
+            last: Version {
+                epoch,
+                ..Version::ZERO
+            },
+        }
     }
 
     /// A new version, higher than all before; in flight until [`Self::settle`].

@@ -40,8 +40,15 @@ impl StatusMap {
     }
 
     fn set(&mut self, chunk: u32, block: u16, allocated: bool) {
-        let Some(map) = self.chunks.get_mut((chunk.wrapping_sub(self.first)) as usize) else { return };
-        let Some(word) = map.get_mut(block as usize / 64) else { return };
+        let Some(map) = self
+            .chunks
+            .get_mut((chunk.wrapping_sub(self.first)) as usize)
+        else {
+            return;
+        };
+        let Some(word) = map.get_mut(block as usize / 64) else {
+            return;
+        };
         let bit = 1 << (block % 64);
         *word = if allocated { *word | bit } else { *word & !bit };
     }
@@ -64,7 +71,10 @@ impl StatusMap {
             let stop = ((at / block + 1) * block).min(end);
             match extents.last_mut() {
                 Some(last) if last.allocated == allocated => last.length += stop - at,
-                _ => extents.push(Extent { length: stop - at, allocated }),
+                _ => extents.push(Extent {
+                    length: stop - at,
+                    allocated,
+                }),
             }
             at = stop;
         }
@@ -74,11 +84,20 @@ impl StatusMap {
 
 impl Session {
     pub(super) fn begin_status(&mut self, op: Key) {
-        let Some(OpKind::Status(map)) = self.ops.get(op).map(|o| &o.kind) else { return };
+        let Some(OpKind::Status(map)) = self.ops.get(op).map(|o| &o.kind) else {
+            return;
+        };
         let (first, count) = (map.first, map.chunks.len() as u32);
         for chunk in first..first + count {
             self.op_add_part(op);
-            self.ask_status(op, chunk, Cursor { chunk: ChunkIndex(chunk), ..Cursor::default() });
+            self.ask_status(
+                op,
+                chunk,
+                Cursor {
+                    chunk: ChunkIndex(chunk),
+                    ..Cursor::default()
+                },
+            );
         }
     }
 
@@ -86,8 +105,15 @@ impl Session {
         let g = self.view.group_of(ChunkIndex(chunk)).0 as usize;
         match self.choose_source(g, chunk, Default::default()) {
             Some(peer) => {
-                let digest = Digest { chunk: ChunkIndex(chunk), from };
-                self.send(peer, Purpose::Digest { op, chunk }, RequestBody::Digest(digest));
+                let digest = Digest {
+                    chunk: ChunkIndex(chunk),
+                    from,
+                };
+                self.send(
+                    peer,
+                    Purpose::Digest { op, chunk },
+                    RequestBody::Digest(digest),
+                );
             }
             None => self.status_parked.push((op, chunk)),
         }
@@ -117,7 +143,14 @@ impl Session {
             return;
         }
         for (op, chunk) in std::mem::take(&mut self.status_parked) {
-            self.ask_status(op, chunk, Cursor { chunk: ChunkIndex(chunk), ..Cursor::default() });
+            self.ask_status(
+                op,
+                chunk,
+                Cursor {
+                    chunk: ChunkIndex(chunk),
+                    ..Cursor::default()
+                },
+            );
         }
     }
 }

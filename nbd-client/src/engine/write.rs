@@ -12,7 +12,7 @@
 //!   not promoted before (R7).
 
 use ashlar_proto::ids::{
-    BLOCK_SIZE, BlockRange, CHUNK_SIZE, ChunkIndex, SnapshotNumber, Version,
+    BLOCK_SIZE, BlockRange, CHUNK_SIZE, ChunkIndex, Epoch, SnapshotNumber, Version,
 };
 use ashlar_proto::wire::{Checksums, MAX_PAYLOAD, Payload, RequestBody, Trim, Write};
 
@@ -86,7 +86,10 @@ impl WriteSlot {
     fn wanted(&self, group: &Group) -> PeerSet {
         let mut set = group.in_sync;
         for peer in group.targets.iter() {
-            if group.member(peer).is_some_and(|m| m.rebuild_epoch <= self.version.epoch) {
+            if group
+                .member(peer)
+                .is_some_and(|m| m.rebuild_epoch <= self.version.epoch)
+            {
                 set.insert(peer);
             }
         }
@@ -103,13 +106,22 @@ impl Session {
             let (take, whole) = piece(position, end, MAX_PAYLOAD as u64);
             let part = slice_payload(data, (position - offset) as usize, take as usize);
             self.op_add_part(op);
-            let version = self.window.draw(self.epoch);
             if whole {
+                let version = self.window.draw(self.epoch);
                 let checksums = checksums(&part);
-                let body = Body::Data { data: part, checksums };
-                self.submit_write(WriteOwner::Op(op), range_at(position, take), version, body, fua);
+                let body = Body::Data {
+                    data: part,
+                    checksums,
+                };
+                self.submit_write(
+                    WriteOwner::Op(op),
+                    range_at(position, take),
+                    version,
+                    body,
+                    fua,
+                );
             } else {
-                self.begin_rmw(op, position, part, version, fua);
+                self.begin_rmw(op, position, part, fua);
             }
             position += take;
         }
@@ -128,9 +140,8 @@ impl Session {
                 self.submit_write(WriteOwner::Op(op), range, version, Body::Trim, fua);
             } else if edges {
                 self.op_add_part(op);
-                let version = self.window.draw(self.epoch);
                 let zeroes = Payload::from_iter([self.zeroes.slice(..take as usize)]);
-                self.begin_rmw(op, position, zeroes, version, fua);
+                self.begin_rmw(op, position, zeroes, fua);
             }
             position += take;
         }
@@ -179,7 +190,9 @@ impl Session {
 
     /// Sends a write to the usable peers that are to have it and were not asked yet.
     pub(super) fn send_write(&mut self, key: Key) {
-        let Some(slot) = self.writes.get(key) else { return };
+        let Some(slot) = self.writes.get(key) else {
+            return;
+        };
         let group = &self.groups[slot.group as usize];
         if group.reconcile.is_some() {
             return;
@@ -193,11 +206,18 @@ impl Session {
     }
 
     fn send_write_to(&mut self, key: Key, peer: u8) {
-        let Some(slot) = self.writes.get_mut(key) else { return };
-        let Some(member) = self.groups[slot.group as usize].member(peer) else { return };
+        let Some(slot) = self.writes.get_mut(key) else {
+            return;
+        };
+        let Some(member) = self.groups[slot.group as usize].member(peer) else {
+            return;
+        };
         slot.sent.insert(peer);
-        let purpose =
-            Purpose::Write { slot: key, attempt: slot.attempt, membership: member.membership };
+        let purpose = Purpose::Write {
+            slot: key,
+            attempt: slot.attempt,
+            membership: member.membership,
+        };
         let (range, snapshot, version, durable) =
             (slot.range, slot.snapshot, slot.version, slot.durable);
         let body = match &slot.body {
@@ -209,14 +229,21 @@ impl Session {
                 checksums: checksums.clone(),
                 data: data.clone(),
             }),
-            Body::Trim => RequestBody::Trim(Trim { range, snapshot, version, durable }),
+            Body::Trim => RequestBody::Trim(Trim {
+                range,
+                snapshot,
+                version,
+                durable,
+            }),
         };
         self.send(peer, purpose, body);
     }
 
     /// The slot an answer is for, if the answer counts (R3).
     fn counted_answer(&mut self, peer: u8, slot: Key, attempt: u16, membership: u32) -> bool {
-        let Some(write) = self.writes.get(slot) else { return false };
+        let Some(write) = self.writes.get(slot) else {
+            return false;
+        };
         write.attempt == attempt
             && self.groups[write.group as usize]
                 .member(peer)
@@ -230,6 +257,11 @@ impl Session {
         {
             write.answered.insert(peer);
             self.settle_write(slot);
+            // A rebuild may wait for this answer although nobody is acknowledged.
+            self.pump |= self
+                .groups
+                .iter()
+                .any(|g| !g.acknowledging && !g.targets.is_empty());
         }
     }
 
@@ -238,7 +270,9 @@ impl Session {
         if !self.counted_answer(peer, slot, attempt, membership) {
             return;
         }
-        let Some(write) = self.writes.get_mut(slot) else { return };
+        let Some(write) = self.writes.get_mut(slot) else {
+            return;
+        };
         if write.owner == WriteOwner::Replay {
             // Acknowledged once: it must fit again, as write-back makes room.
             write.sent.remove(peer);
@@ -255,10 +289,15 @@ impl Session {
 
     /// Acknowledges a write if it may be.
     pub(super) fn settle_write(&mut self, key: Key) {
-        let Some(slot) = self.writes.get(key) else { return };
+        let Some(slot) = self.writes.get(key) else {
+            return;
+        };
         let group = &self.groups[slot.group as usize];
         if slot.done {
-            if slot.answered.covers(slot.wanted(group).without(group.in_sync)) {
+            if slot
+                .answered
+                .covers(slot.wanted(group).without(group.in_sync))
+            {
                 self.writes.remove(key);
                 self.lingering -= 1;
                 self.pump = true;
@@ -287,11 +326,15 @@ impl Session {
     }
 
     fn acknowledge(&mut self, key: Key) {
-        let Some(slot) = self.writes.get_mut(key) else { return };
+        let Some(slot) = self.writes.get_mut(key) else {
+            return;
+        };
         slot.done = true;
         let (owner, version, durable) = (slot.owner, slot.version, slot.durable);
         let group = &self.groups[slot.group as usize];
-        let waits = !slot.answered.covers(slot.wanted(group).without(group.in_sync));
+        let waits = !slot
+            .answered
+            .covers(slot.wanted(group).without(group.in_sync));
         if owner != WriteOwner::Replay {
             self.window.settle(version);
             self.dirty = true;
@@ -325,7 +368,9 @@ impl Session {
 
     /// Every in-sync replica answered, some of them that they are full.
     fn settle_no_space(&mut self, key: Key) {
-        let Some(slot) = self.writes.get(key) else { return };
+        let Some(slot) = self.writes.get(key) else {
+            return;
+        };
         let group = &self.groups[slot.group as usize];
         let full = slot.no_space.common(group.in_sync);
         if !full.covers(group.in_sync) {
@@ -337,7 +382,9 @@ impl Session {
         }
         // None applied it: it never happened, except perhaps on a rebuild target.
         let targets = group.targets;
-        let Some(slot) = self.writes.remove(key) else { return };
+        let Some(slot) = self.writes.remove(key) else {
+            return;
+        };
         self.window.settle(slot.version);
         self.settled = true;
         match slot.owner {
@@ -406,6 +453,20 @@ impl Session {
                 write.durable = true;
             }
         }
+    }
+
+    /// Whether every write of a group with a version below an epoch is applied on all in-sync members
+    /// (acknowledged or not), and none is still to come.
+    pub(super) fn drained_below(&self, g: usize, epoch: Epoch) -> bool {
+        if !self.window.in_flight_below(epoch) {
+            return true;
+        }
+        let in_sync = self.groups[g].in_sync;
+        !self.rmws.iter().any(|(_, r)| r.reads_below(epoch))
+            && !self.writes.iter().any(|(_, w)| {
+                let older = w.group as usize == g && !w.done && w.version.epoch < epoch;
+                older && !w.answered.covers(in_sync)
+            })
     }
 
     /// Sends a group's writes to whoever lacks them.
