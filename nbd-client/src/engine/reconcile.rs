@@ -388,13 +388,9 @@ impl Session {
             return;
         }
         for g in 0..self.groups.len() {
-            let in_sync = self.groups[g].in_sync;
-            let returned = |p: u8| {
-                let peer = &self.peers[p as usize];
-                peer.lost && !peer.damaged && peer.link == super::replica::Link::Up
-            };
-            if !in_sync.is_empty() && in_sync.iter().all(returned) && self.lost_only_here(in_sync) {
-                self.recover(g);
+            let lost = self.lost_together(g);
+            if !lost.is_empty() {
+                self.recover(lost);
             }
             if self.groups[g].recovering {
                 if !self.groups[g].reconciled {
@@ -406,33 +402,46 @@ impl Session {
         }
     }
 
-    /// Whether every group of these peers lost all its in-sync members (else they are excluded there
-    /// first).
-    fn lost_only_here(&self, peers: PeerSet) -> bool {
-        let lost = |p: u8| self.peers[p as usize].lost;
-        self.groups.iter().all(|g| {
-            let members = g.in_sync.union(g.targets);
-            !members.intersects(peers) || (g.in_sync.iter().all(lost) && g.targets.is_empty())
-        })
+    /// The in-sync members of a group, and of all groups that share any of them, if all of them lost
+    /// power and are back; else nobody: a lost replica of a group with a healthy one is excluded.
+    fn lost_together(&self, g: usize) -> PeerSet {
+        let mut set = self.groups[g].in_sync;
+        loop {
+            let sharing = self.groups.iter().filter(|g| g.in_sync.intersects(set));
+            let wider = sharing.fold(set, |all, g| all.union(g.in_sync));
+            if wider == set {
+                break;
+            }
+            set = wider;
+        }
+        let returned = |p: u8| {
+            let peer = &self.peers[p as usize];
+            peer.lost && !peer.damaged && peer.link == super::replica::Link::Up
+        };
+        let elsewhere = self.groups.iter().any(|g| g.targets.intersects(set));
+        if set.iter().all(returned) && !elsewhere { set } else { PeerSet::EMPTY }
     }
 
-    fn recover(&mut self, g: usize) {
-        tracing::warn!(volume = %self.config.volume, group = g, "every in-sync replica lost power: reconciling and replaying");
-        let in_sync = self.groups[g].in_sync;
+    fn recover(&mut self, lost: PeerSet) {
+        tracing::warn!(volume = %self.config.volume, "every in-sync replica lost power: reconciling and replaying");
         for group in 0..self.groups.len() {
-            if self.groups[group].in_sync.intersects(in_sync) {
+            if self.groups[group].in_sync.intersects(lost) {
                 self.groups[group].recovering = true;
                 self.groups[group].reconciled = false;
                 self.groups[group].reconcile = None;
                 self.renew_writes(group);
+                self.rebuild_sources_changed(group);
             }
         }
-        self.flush_forget(in_sync);
-        for p in in_sync.iter() {
+        self.flush_forget(lost);
+        for p in lost.iter() {
             let peer = &mut self.peers[p as usize];
             peer.incarnation = peer.actual;
             peer.lost = false;
             peer.failed = false;
+        }
+        for group in 0..self.groups.len() {
+            self.refresh_group(group);
         }
         self.pump = true;
     }
