@@ -2,7 +2,7 @@
 //! cluster, watches the volumes, and ends everything in order.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use ashlar_proto::ids::{ClientId, NodeId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::Status;
 
 use super::attachment::Volume;
@@ -131,12 +131,15 @@ pub async fn serve(
     }
     drop(control);
     let senders: Vec<WorkerSender> = workers.iter().map(WorkerHandle::sender).collect();
-    if let Some(path) = &config.stats_socket {
-        serve_stats(path, senders.clone()).map_err(|source| ServeError::StatsSocket {
-            path: path.clone(),
-            source,
-        })?;
-    }
+    let _stats = match &config.stats_socket {
+        Some(path) => Some(StatsSocket::open(path, senders.clone()).map_err(|source| {
+            ServeError::StatsSocket {
+                path: path.clone(),
+                source,
+            }
+        })?),
+        None => None,
+    };
     let volumes = tokio::select! {
         volumes = find_volumes(&config, &members, client, &senders) => volumes?,
         () = &mut shutdown => return Ok(Outcome::Closed),
@@ -403,25 +406,44 @@ impl Control {
     }
 }
 
-/// Serves statistics until the process ends.
-fn serve_stats(path: &PathBuf, senders: Vec<WorkerSender>) -> std::io::Result<()> {
-    // A socket file that a killed process left behind is replaced.
-    if std::os::unix::net::UnixStream::connect(path).is_err() {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+/// Serves statistics until it is dropped.
+struct StatsSocket {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl StatsSocket {
+    fn open(path: &Path, senders: Vec<WorkerSender>) -> std::io::Result<Self> {
+        // A socket file that a killed process left behind is replaced.
+        if std::os::unix::net::UnixStream::connect(path).is_err() {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        let listener = UnixListener::bind(path)?;
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let senders = senders.clone();
+                tokio::spawn(stats::serve_connection(stream, move |reset| {
+                    collect_stats(senders.clone(), reset)
+                }));
+            }
+        });
+        Ok(Self {
+            path: path.to_owned(),
+            task,
+        })
+    }
+}
+
+impl Drop for StatsSocket {
+    fn drop(&mut self) {
+        self.task.abort();
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove a socket file");
         }
     }
-    let listener = UnixListener::bind(path)?;
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let senders = senders.clone();
-            tokio::spawn(stats::serve_connection(stream, move |reset| {
-                collect_stats(senders.clone(), reset)
-            }));
-        }
-    });
-    Ok(())
 }
 
 async fn collect_stats(senders: Vec<WorkerSender>, reset: bool) -> Statistics {
