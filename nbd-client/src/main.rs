@@ -190,3 +190,51 @@ fn run_stats(options: &Stats) -> anyhow::Result<ExitCode> {
     println!("{}", serde_json::to_string_pretty(&statistics)?);
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn pairs(arguments: &str) -> anyhow::Result<Vec<VolumeSpec>> {
+        let words = format!("nbd-client serve --metadata a:1,b:2 {arguments}");
+        let matches = Arguments::command().get_matches_from(words.split_whitespace());
+        let Command::Serve(options) = Arguments::from_arg_matches(&matches).unwrap().command else {
+            panic!("serve");
+        };
+        assert_eq!(options.metadata, ["a:1", "b:2"]);
+        pair(&matches, &options)
+    }
+
+    #[test]
+    fn each_volume_is_served_where_the_option_after_it_says() {
+        let found =
+            pairs("--volume a --socket /s --volume b --listen [::1]:10809 --volume c --socket /t");
+        let found: Vec<(String, Endpoint)> = found
+            .unwrap()
+            .into_iter()
+            .map(|v| (v.name, v.endpoint))
+            .collect();
+        let expected = [
+            ("a".to_owned(), Endpoint::Unix("/s".into())),
+            (
+                "b".to_owned(),
+                Endpoint::Tcp("[::1]:10809".parse().unwrap()),
+            ),
+            ("c".to_owned(), Endpoint::Unix("/t".into())),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn volumes_and_places_that_do_not_pair_are_refused() {
+        for wrong in [
+            "--volume a",
+            "--volume a --volume b --socket /s --socket /t",
+            "--socket /s --volume a",
+            "--volume a --socket /s --listen 127.0.0.1:1",
+        ] {
+            assert!(pairs(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -119,7 +119,7 @@ struct Worker {
     control: mpsc::Sender<FromWorker>,
     outbox: VecDeque<FromWorker>,
     links: Links,
-    exports: Vec<Option<Export>>,
+    exports: Vec<Option<Box<Export>>>,
     by_volume: FxHashMap<VolumeId, usize>,
     by_listener: FxHashMap<ListenerId, usize>,
     /// Volume (position in `exports`) of each NBD connection.
@@ -352,7 +352,7 @@ impl Worker {
         }
         self.by_volume.insert(export.volume, at);
         self.positions.insert(index, at);
-        self.exports.push(Some(export));
+        self.exports.push(Some(Box::new(export)));
         self.pending.push_back((at, SessionEvent::Start));
     }
 
