@@ -3,5 +3,7 @@
 //! Layers, each knowing only those before it: `format` (bytes), `store` (one disk), `engine`
 //! (replicas: fencing, admission, rebuild), then the threads and services around them.
 
+pub mod engine;
 pub mod format;
+pub mod metrics;
 pub mod store;

@@ -1,0 +1,124 @@
+//! What the daemon itself asks of a disk's engine: how it fares, dropping replicas, stopping.
+
+use ashlar_platform::clock::Time;
+use ashlar_proto::ids::{Epoch, VolumeId};
+use ashlar_proto::wire::Status;
+
+use super::{
+    AdminReply, AdminRequest, ChunkStore, DiskEngine, EngineCommand, EngineStatus, Life,
+    ReplicaStatus, Work,
+};
+use crate::store::{ReplicaInfo, StoreRequest};
+
+impl<S: ChunkStore> DiskEngine<S> {
+    pub(super) fn on_admin(
+        &mut self,
+        now: Time,
+        tag: u64,
+        request: AdminRequest,
+        out: &mut Vec<EngineCommand>,
+    ) {
+        match request {
+            AdminRequest::Status => {
+                self.ask(now, Work::Status { tag }, StoreRequest::Stats, out);
+            }
+            AdminRequest::ListReplicas => {
+                self.ask(now, Work::List { tag }, StoreRequest::ListReplicas, out);
+            }
+            AdminRequest::DropReplica { volume, epoch } => {
+                let reply = match self.drop_replica(now, tag, volume, epoch, out) {
+                    Ok(true) => return,
+                    Ok(false) => AdminReply::Dropped,
+                    Err(status) => AdminReply::Refused(status),
+                };
+                out.push(EngineCommand::Admin { tag, reply });
+            }
+            AdminRequest::Stop => {
+                if matches!(self.life, Life::Opening | Life::Serving) {
+                    self.life = Life::Stopping(false);
+                    self.cancel_pulls(now, |_, _| true, out);
+                }
+                out.push(EngineCommand::Admin {
+                    tag,
+                    reply: AdminReply::Stopping,
+                });
+                if matches!(self.life, Life::Failed(_) | Life::Stopped) {
+                    out.push(EngineCommand::Stopped);
+                }
+            }
+        }
+    }
+
+    /// Starts dropping a replica; false if there is none.
+    fn drop_replica(
+        &mut self,
+        now: Time,
+        tag: u64,
+        volume: VolumeId,
+        epoch: Epoch,
+        out: &mut Vec<EngineCommand>,
+    ) -> Result<bool, Status> {
+        if let Some(status) = self.refusal() {
+            return Err(status);
+        }
+        let fence = self.fence_of(volume);
+        let Some(replica) = self.replicas.get(&volume) else {
+            return Ok(false);
+        };
+        if fence > epoch {
+            return Err(Status::Fenced);
+        }
+        if replica.dropping {
+            return Err(Status::Busy);
+        }
+        self.forget_pulls(now, volume, out);
+        if self.fencing.in_flight(volume) > 0 {
+            // Somebody still uses it; the next heartbeat asks again.
+            return Err(Status::Busy);
+        }
+        if let Some(replica) = self.replicas.get_mut(&volume) {
+            replica.dropping = true;
+        }
+        self.ask(
+            now,
+            Work::Drop { tag, volume },
+            StoreRequest::DropReplica { volume },
+            out,
+        );
+        Ok(true)
+    }
+
+    pub(super) fn status(&self) -> EngineStatus {
+        EngineStatus {
+            identity: self.identity,
+            store: self.last_stats,
+            counters: self.counters,
+            failure: match &self.life {
+                Life::Failed(message) => Some(message.clone()),
+                _ => None,
+            },
+            volumes: self
+                .replicas
+                .keys()
+                .map(|&volume| (volume, self.fence_of(volume)))
+                .collect(),
+        }
+    }
+
+    pub(super) fn describe(&self, list: Vec<ReplicaInfo>) -> Vec<ReplicaStatus> {
+        list.into_iter()
+            .map(|info| ReplicaStatus {
+                pull: self.pull_summary(info.volume),
+                info,
+            })
+            .collect()
+    }
+
+    /// While stopping: closes the store when nothing is under way any more.
+    pub(super) fn shut_down_if_drained(&mut self, now: Time, out: &mut Vec<EngineCommand>) {
+        if self.life == Life::Stopping(false) && self.identity.is_some() && self.table.len() == 0 {
+            self.life = Life::Stopping(true);
+            self.ask(now, Work::Shutdown, StoreRequest::Shutdown, out);
+        }
+    }
+}

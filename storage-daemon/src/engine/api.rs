@@ -1,0 +1,184 @@
+//! What happens to the engine of one disk, and what it wants done: the interface to the thread (or the
+//! simulator) around it.
+
+use ashlar_platform::disk::{DiskCommand, DiskCompletion};
+use ashlar_proto::ids::{Epoch, VolumeId};
+use ashlar_proto::wire::{PullProgress, Reply, Request, Status};
+
+use crate::metrics::EngineCounters;
+use crate::store::{ReplicaInfo, StoreIdentity, StoreStats};
+
+/// A connection that a client (or a pulling daemon) opened. Never used again after `ConnClosed`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ConnectionId(pub u64);
+
+/// A connection to another daemon, which the engine asked for. Never used again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PeerId(pub u64);
+
+/// What happens to an engine.
+#[derive(Debug)]
+pub enum EngineEvent {
+    /// A request arrived on a connection (the first one must be Hello).
+    Request {
+        /// Where.
+        conn: ConnectionId,
+        /// What.
+        request: Request,
+    },
+    /// A connection is gone. Its requests are carried out, their replies dropped.
+    ConnClosed {
+        /// Which.
+        conn: ConnectionId,
+    },
+    /// A connection that was asked for stands.
+    PeerUp {
+        /// Which.
+        peer: PeerId,
+    },
+    /// The peer answered.
+    PeerReply {
+        /// Which.
+        peer: PeerId,
+        /// What.
+        reply: Reply,
+    },
+    /// The connection could not be made, or broke (not sent after `PeerClose`).
+    PeerDown {
+        /// Which.
+        peer: PeerId,
+    },
+    /// A disk command is done.
+    Disk(DiskCompletion),
+    /// The daemon's own administration asks.
+    Admin {
+        /// Pairs the answer.
+        tag: u64,
+        /// What.
+        request: AdminRequest,
+    },
+    /// The end of one round of events: closes the store's batch, looks at the timers. Commands of a round
+    /// take effect on the disk only after it.
+    Tick,
+}
+
+/// What an engine wants done.
+#[derive(Debug)]
+pub enum EngineCommand {
+    /// Answer on a connection.
+    Reply {
+        /// Where.
+        conn: ConnectionId,
+        /// What.
+        reply: Reply,
+    },
+    /// Close a connection after the replies queued so far. `ConnClosed` must follow.
+    Close {
+        /// Which.
+        conn: ConnectionId,
+    },
+    /// Deliver no more requests of this connection (back-pressure).
+    Pause {
+        /// Which.
+        conn: ConnectionId,
+    },
+    /// Deliver again.
+    Resume {
+        /// Which.
+        conn: ConnectionId,
+    },
+    /// Connect to another daemon; answered by `PeerUp` or `PeerDown`.
+    PeerConnect {
+        /// Chosen by the engine.
+        peer: PeerId,
+        /// `ip:port`.
+        address: String,
+    },
+    /// A request to a peer.
+    PeerSend {
+        /// Which.
+        peer: PeerId,
+        /// What.
+        request: Request,
+    },
+    /// Close the connection to a peer.
+    PeerClose {
+        /// Which.
+        peer: PeerId,
+    },
+    /// I/O on the disk.
+    Disk(DiskCommand),
+    /// The answer to an administrative request.
+    Admin {
+        /// The request's tag.
+        tag: u64,
+        /// The answer.
+        reply: AdminReply,
+    },
+    /// The disk is open; requests are served from now on.
+    Ready(StoreIdentity),
+    /// The disk cannot be opened, or failed while it was served (fail-stop): every request is refused.
+    Failed {
+        /// In words.
+        message: String,
+    },
+    /// After [`AdminRequest::Stop`]: everything is durable and the clean mark written.
+    Stopped,
+}
+
+/// What the daemon itself asks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum AdminRequest {
+    /// Counters and replicas, for heartbeats and `GetStatus`.
+    Status,
+    /// All replicas with the last configuration.
+    ListReplicas,
+    /// Remove a replica, unless its fence is above `epoch`.
+    DropReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// Highest fence that the asker knew of.
+        epoch: Epoch,
+    },
+    /// Refuse new requests, finish the others, make everything durable.
+    Stop,
+}
+
+/// Answers to [`AdminRequest`].
+#[derive(Clone, PartialEq, Debug)]
+pub enum AdminReply {
+    /// To Status.
+    Status(Box<EngineStatus>),
+    /// To ListReplicas.
+    Replicas(Vec<ReplicaStatus>),
+    /// To DropReplica; also where there was none.
+    Dropped,
+    /// To Stop, at once; `Stopped` follows.
+    Stopping,
+    /// Refused.
+    Refused(Status),
+}
+
+/// How an engine fares.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct EngineStatus {
+    /// Who the disk is; `None` before it is open.
+    pub identity: Option<StoreIdentity>,
+    /// Of the store.
+    pub store: StoreStats,
+    /// Of the engine.
+    pub counters: EngineCounters,
+    /// Why the disk is not served, if so.
+    pub failure: Option<String>,
+    /// Volumes with a replica here, and their fences, ascending.
+    pub volumes: Vec<(VolumeId, Epoch)>,
+}
+
+/// A replica and its last pull.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ReplicaStatus {
+    /// What the store knows.
+    pub info: ReplicaInfo,
+    /// The last pulls since the process started, summed over the volume's groups.
+    pub pull: Option<PullProgress>,
+}
