@@ -54,7 +54,12 @@ impl State {
         if let Some(response) = self.existing_volume(create) {
             return response;
         }
-        if create.volume.is_nil() || self.volumes.contains_key(&create.volume) {
+        // The epochs of a reused identity would start again, below the fences of its former replicas.
+        let remains = |disk: &DiskId| self.garbage.contains_key(&(*disk, create.volume));
+        if create.volume.is_nil()
+            || self.volumes.contains_key(&create.volume)
+            || create.groups.iter().flatten().any(remains)
+        {
             return Err(Refusal::internal("volume_id: not fresh"));
         }
         let pool = self.pool(create.pool).ok_or_else(|| {

@@ -326,3 +326,6 @@ fn range_of(set: &BTreeSet<(DiskId, VolumeId)>, disk: DiskId) -> impl Iterator<I
     let (low, high) = ((disk, VolumeId([0; 16])), (disk, VolumeId([0xff; 16])));
     set.range(low..=high).map(|(_, v)| *v)
 }
+
+#[cfg(test)]
+mod tests;
