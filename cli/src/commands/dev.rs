@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::dev::cluster::{DevCluster, first_taken, free_ports};
 use crate::dev::process::Condition;
-use crate::dev::state::{DAEMONS_MAX, DISKS_MAX, MEMBERS_MAX, Name, Spec};
+use crate::dev::state::{DAEMONS_MAX, DISKS_MAX, MEMBERS_MAX, Name, Spec, State};
 use crate::error::{CliError, Result};
 use crate::output::{Column, Output, cell, health};
 use crate::size;
@@ -32,6 +32,8 @@ pub enum DevCommand {
     },
     /// Its processes
     Status,
+    /// What other programs need to find it: `eval "$(ashlar dev env)"`
+    Env,
     /// Starts one process (metadata-1, daemon-2, ...)
     Start {
         /// Which
@@ -180,6 +182,12 @@ pub async fn run(command: &DevCommand, directory: &Path, output: Output) -> Resu
     match command {
         DevCommand::Up(args) => up(args, directory, output).await,
         DevCommand::Down { purge } => down(directory, *purge, output),
+        DevCommand::Env => {
+            let state = State::load_existing(directory)?;
+            let metadata = state.spec.member_addresses().join(",");
+            let line = format!("export ASHLAR_METADATA={metadata}");
+            output.done(&EnvView { metadata }, &line)
+        }
         DevCommand::Status => status(&DevCluster::open(directory)?, output).await,
         DevCommand::Start { name } => {
             let started = DevCluster::open(directory)?.start(*name)?;
@@ -206,6 +214,11 @@ pub async fn run(command: &DevCommand, directory: &Path, output: Output) -> Resu
             done(*name, "resumed", output)
         }
     }
+}
+
+#[derive(Serialize)]
+struct EnvView {
+    metadata: String,
 }
 
 #[derive(Serialize)]
@@ -244,11 +257,8 @@ async fn up(args: &UpArgs, directory: &Path, output: Output) -> Result<()> {
         format!(" --dir {}", directory.display())
     };
     output.text(&format!(
-        "\nReady ({started} processes started). Metadata: {}\nNext:  ashlar{option} pool create main\n       \
-         ashlar{option} volume create first --size 1GiB\n       nbd-client serve --metadata {} --volume first \
-         --socket /tmp/first.sock",
-        cluster.state.spec.member_addresses().join(","),
-        cluster.state.spec.member_addresses().join(","),
+        "\nReady ({started} processes started). Next:\n  eval \"$(ashlar{option} dev env)\"\n  ashlar pool create \
+         main\n  ashlar volume create first --size 1GiB\n  nbd-client serve --volume first --socket /tmp/first.sock"
     ))
 }
 
