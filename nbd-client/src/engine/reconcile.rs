@@ -419,7 +419,11 @@ impl Session {
             peer.lost && !peer.damaged && peer.link == super::replica::Link::Up
         };
         let elsewhere = self.groups.iter().any(|g| g.targets.intersects(set));
-        if set.iter().all(returned) && !elsewhere { set } else { PeerSet::EMPTY }
+        if set.iter().all(returned) && !elsewhere {
+            set
+        } else {
+            PeerSet::EMPTY
+        }
     }
 
     fn recover(&mut self, lost: PeerSet) {

@@ -1,6 +1,7 @@
 //! Tests of the session engine in a small deterministic world (`world.rs`) with fake replicas
 //! (`fake_disk.rs`) and an oracle (`oracle.rs`).
 
+mod cost;
 mod fake_disk;
 mod oracle;
 mod random;

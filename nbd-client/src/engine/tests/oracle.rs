@@ -10,6 +10,7 @@ use crate::engine::*;
 #[derive(Clone, Copy, Debug)]
 struct Touch {
     tag: u64,
+    client: usize,
     stamp: u64,
     invoked: u64,
     answered: u64,
@@ -18,10 +19,12 @@ struct Touch {
 
 #[derive(Default)]
 pub(super) struct Oracle {
-    invoked: BTreeMap<u64, u64>,
+    /// When, and by whose client, each tag was.
+    invoked: BTreeMap<u64, (u64, usize)>,
     touches: BTreeMap<u64, Vec<Touch>>,
-    /// (invoked, answered) of flushes.
-    flushes: Vec<(u64, u64)>,
+    /// (invoked, answered, client) of flushes. A flush covers what its own client was acknowledged:
+    /// another client's unflushed writes may be gone before it opens.
+    flushes: Vec<(u64, u64, usize)>,
     /// When FUA writes were answered, by tag.
     durable: BTreeMap<u64, u64>,
     pub(super) reads: u64,
@@ -32,8 +35,8 @@ pub(super) struct Oracle {
 const NEVER: u64 = u64::MAX;
 
 impl Oracle {
-    pub(super) fn invoked(&mut self, tag: u64, now: u64, op: &ClientOp) {
-        self.invoked.insert(tag, now);
+    pub(super) fn invoked(&mut self, tag: u64, client: usize, now: u64, op: &ClientOp) {
+        self.invoked.insert(tag, (now, client));
         let (offset, length, stamp) = match op {
             ClientOp::Write { offset, data, .. } => (*offset, whole(data).len() as u64, tag),
             _ => return,
@@ -41,6 +44,7 @@ impl Oracle {
         for sector in offset / 512..(offset + length) / 512 {
             self.touches.entry(sector).or_default().push(Touch {
                 tag,
+                client,
                 stamp,
                 invoked: now,
                 answered: NEVER,
@@ -56,7 +60,8 @@ impl Oracle {
         op: &ClientOp,
         result: &Result<ClientReply, ClientError>,
     ) {
-        let Some(invoked) = self.invoked.get(&tag).copied().filter(|_| !self.quiet) else {
+        let Some((invoked, client)) = self.invoked.get(&tag).copied().filter(|_| !self.quiet)
+        else {
             return;
         };
         match (op, result) {
@@ -73,7 +78,7 @@ impl Oracle {
                     self.durable.insert(tag, now);
                 }
             }
-            (ClientOp::Flush, Ok(_)) => self.flushes.push((invoked, now)),
+            (ClientOp::Flush, Ok(_)) => self.flushes.push((invoked, now, client)),
             (ClientOp::Read { offset, length }, Ok(ClientReply::Data(segments))) => {
                 let bytes = join(segments);
                 assert_eq!(
@@ -91,6 +96,7 @@ impl Oracle {
                         .or_default()
                         .push(Touch {
                             tag,
+                            client,
                             stamp: head,
                             invoked,
                             answered: now,
@@ -161,7 +167,7 @@ impl Oracle {
                     let safe = self.durable.get(&w.tag).copied().into_iter().chain(
                         self.flushes
                             .iter()
-                            .filter(|f| w.answered < f.0)
+                            .filter(|f| w.answered < f.0 && w.client == f.2)
                             .map(|f| f.1),
                     );
                     safe.min().is_some_and(|at| at < read.invoked)

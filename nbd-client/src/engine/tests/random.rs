@@ -73,6 +73,7 @@ fn schedule(seed: u64, family: Family, change: Change) -> Result<World, String> 
     let groups = 1 + random.below(2) as usize;
     let min = 1 + random.below(2) as u8;
     let mut w = World::new(seed, 3, groups, min);
+    w.local = random.below(4) as u8;
     let mut holder = w.start(change);
     w.run_for(Duration::from_millis(20));
     for _ in 0..random.below(400) + 100 {
@@ -228,13 +229,7 @@ mod planted {
         };
     }
     planted!(ack_before_exclusion, Family::Clients, AckBeforeExclusion);
-    planted!(
-        promote_without_target_acks,
-        Family::Clients,
-        PromoteWithoutTargetAcks
-    );
     planted!(read_without_lease, Family::Clients, ReadWithoutLease);
     planted!(skip_reconcile, Family::Clients, SkipReconcile);
     planted!(read_in_flight, Family::Clients, ReadInFlight);
-    planted!(skip_exclusion_flush, Family::All, SkipExclusionFlush);
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{ClientId, DiskId, Epoch, Incarnation, NodeId, ReplicaState, VolumeId};
 use ashlar_proto::volume::{DiskEndpoint, ReplicaView, VolumeView};
-use ashlar_proto::wire::{Payload, PullState, Reply, Request};
+use ashlar_proto::wire::{Payload, PullState, Reply, Request, RequestBody};
 use bytes::Bytes;
 
 use super::Random;
@@ -138,6 +138,10 @@ pub(super) struct World {
     pub(super) delay_us_max: u64,
     pub(super) changes: u64,
     waiting_metadata: Vec<(usize, MetadataRequest)>,
+    /// The node of clients: 0 none, else that of disk n - 1.
+    pub(super) local: u8,
+    /// Writes to this disk are late.
+    pub(super) slow_writes_to: Option<usize>,
     trace: bool,
 }
 
@@ -193,6 +197,8 @@ impl World {
             delay_us_max: 300,
             changes: 0,
             waiting_metadata: Vec::new(),
+            local: 0,
+            slow_writes_to: None,
             trace: std::env::var_os("SESSION_TRACE").is_some(),
         };
         world.schedule(50 * MS, Event::Plan);
@@ -204,6 +210,7 @@ impl World {
         let id = ClientId([index as u8 + 100; 16]);
         let mut config = SessionConfig::new(VOLUME, id);
         config.session_number = index as u16;
+        config.node = NodeId([self.local; 16]);
         change(&mut config);
         self.clients.push(Client {
             session: Session::new(config, Time(self.now)),
@@ -228,8 +235,10 @@ impl World {
             .push(Reverse(Scheduled(self.now + after, self.sequence, event)));
     }
 
+    /// Of one message; now and then one is far behind those sent after it.
     fn delay(&mut self) -> u64 {
-        20_000 + self.random.below(self.delay_us_max.max(1)) * 1000
+        let late = if self.random.chance(2) { 10 } else { 1 };
+        20_000 + self.random.below(self.delay_us_max.max(1)) * 1000 * late
     }
 
     fn disk_index(&self, disk: DiskId) -> usize {
@@ -288,7 +297,12 @@ impl World {
                     return;
                 }
                 let process = self.disks[disk].process;
-                let after = self.delay();
+                let mut after = self.delay();
+                if self.slow_writes_to == Some(disk)
+                    && matches!(request.body, RequestBody::Write(_))
+                {
+                    after += 500 * MS;
+                }
                 let request = Box::new(request);
                 self.schedule(
                     after,
@@ -322,7 +336,7 @@ impl World {
     pub(super) fn submit(&mut self, client: usize, op: ClientOp) -> u64 {
         self.tag += 1;
         let tag = self.tag;
-        self.oracle.invoked(tag, self.now, &op);
+        self.oracle.invoked(tag, client, self.now, &op);
         self.clients[client].pending.insert(tag, op.clone());
         self.feed(client, SessionEvent::Client(ClientRequest { tag, op }));
         tag
@@ -660,6 +674,7 @@ impl World {
                     }
                 }
                 self.bump();
+                self.notify();
                 SessionEvent::Granted {
                     view: Box::new(self.view.clone()),
                     previous_clean,
