@@ -80,8 +80,7 @@ pub enum ServeError {
     Metadata {
         /// What was asked.
         what: String,
-        /// The refusal.
-        #[source]
+        /// The refusal; its message is part of this error's text, so it is no source.
         status: Box<Status>,
     },
     /// Metadata's answer makes no sense.
