@@ -381,8 +381,8 @@ impl Session {
         peer.written = reply.written;
         peer.blocked = false;
         if in_sync || target {
-            peer.damaged =
-                reply.damaged || (!reply.existed && !(opening && first_open && !peer.fenced));
+            let may_be_new = opening && first_open && !peer.fenced;
+            peer.damaged = reply.damaged || !(reply.existed || may_be_new);
             let changed = !peer.incarnation_is(actual) && !opening;
             peer.lost = peer.damaged || changed;
         } else {
@@ -574,8 +574,7 @@ impl Session {
             .in_sync
             .iter()
             .all(|p| self.peers[p as usize].configured >= group.configure_needed);
-        let allowed = (!hold || early)
-            && (configured || early)
+        let allowed = (early || (configured && !hold))
             && !group.recovering
             && group.in_sync.len() >= usize::from(self.view.min_replicas)
             && matches!(self.phase, Phase::Serving | Phase::Draining);

@@ -3,6 +3,8 @@
 
 mod cost;
 mod fake_disk;
+mod faults;
+mod metadata;
 mod oracle;
 mod random;
 mod scenarios;

@@ -191,7 +191,7 @@ fn a_second_client_takes_over_and_the_first_stops_without_an_answer() {
     let late = w.write(a, 0, 8, false);
     let read = w.read(a, 0, 8);
     w.run_for(ms(3000));
-    assert!(w.clients[a].answers.get(&late).is_none() && w.clients[a].answers.get(&read).is_none());
+    assert!(!w.clients[a].answers.contains_key(&late) && !w.clients[a].answers.contains_key(&read));
     w.clients[a].cut = false;
     w.metadata_back();
     w.run_for(ms(1000));

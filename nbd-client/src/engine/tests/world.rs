@@ -8,7 +8,7 @@ use std::time::Duration;
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{ClientId, DiskId, Epoch, Incarnation, NodeId, ReplicaState, VolumeId};
 use ashlar_proto::volume::{DiskEndpoint, ReplicaView, VolumeView};
-use ashlar_proto::wire::{Payload, PullState, Reply, Request, RequestBody};
+use ashlar_proto::wire::{Payload, Reply, Request, RequestBody};
 use bytes::Bytes;
 
 use super::Random;
@@ -17,7 +17,7 @@ use super::oracle::Oracle;
 use crate::engine::*;
 
 pub(super) const VOLUME: VolumeId = VolumeId([7; 16]);
-const MS: u64 = 1_000_000;
+pub(super) const MS: u64 = 1_000_000;
 
 /// Tells what happens if the environment asks for it.
 macro_rules! trace {
@@ -27,9 +27,10 @@ macro_rules! trace {
         }
     };
 }
+pub(super) use trace;
 
 #[derive(Debug)]
-enum Event {
+pub(super) enum Event {
     ToDisk {
         disk: usize,
         client: usize,
@@ -112,7 +113,7 @@ pub(super) struct Client {
     pub(super) serving: bool,
     pub(super) stopped: Option<StopReason>,
     pub(super) sent: u64,
-    connections: Vec<u64>,
+    pub(super) connections: Vec<u64>,
     tick_at: u64,
     pub(super) pending: BTreeMap<u64, ClientOp>,
     pub(super) answers: BTreeMap<u64, Result<ClientReply, ClientError>>,
@@ -130,19 +131,19 @@ pub(super) struct World {
     pub(super) metadata_up: bool,
     pub(super) rebuilds: bool,
     pub(super) oracle: Oracle,
-    connection: u64,
+    pub(super) connection: u64,
     /// Connections below it are broken, per disk.
-    broken_below: Vec<u64>,
+    pub(super) broken_below: Vec<u64>,
     tag: u64,
     /// Longest delay of a message, in microseconds.
     pub(super) delay_us_max: u64,
     pub(super) changes: u64,
-    waiting_metadata: Vec<(usize, MetadataRequest)>,
+    pub(super) waiting_metadata: Vec<(usize, MetadataRequest)>,
     /// The node of clients: 0 none, else that of disk n - 1.
     pub(super) local: u8,
     /// Writes to this disk are late.
     pub(super) slow_writes_to: Option<usize>,
-    trace: bool,
+    pub(super) trace: bool,
 }
 
 impl World {
@@ -229,19 +230,19 @@ impl World {
         index
     }
 
-    fn schedule(&mut self, after: u64, event: Event) {
+    pub(super) fn schedule(&mut self, after: u64, event: Event) {
         self.sequence += 1;
         self.queue
             .push(Reverse(Scheduled(self.now + after, self.sequence, event)));
     }
 
     /// Of one message; now and then one is far behind those sent after it.
-    fn delay(&mut self) -> u64 {
+    pub(super) fn delay(&mut self) -> u64 {
         let late = if self.random.chance(2) { 10 } else { 1 };
         20_000 + self.random.below(self.delay_us_max.max(1)) * 1000 * late
     }
 
-    fn disk_index(&self, disk: DiskId) -> usize {
+    pub(super) fn disk_index(&self, disk: DiskId) -> usize {
         self.disks.iter().position(|d| d.id == disk).unwrap()
     }
 
@@ -458,7 +459,7 @@ impl World {
                 process,
                 request,
             } => {
-                self.to_disk(disk, client, connection, process, request);
+                self.arrive(disk, client, connection, process, request);
             }
             Event::Answer {
                 client,
@@ -515,7 +516,7 @@ impl World {
         }
     }
 
-    fn to_disk(
+    fn arrive(
         &mut self,
         disk: usize,
         client: usize,
@@ -573,285 +574,5 @@ impl World {
                 reply: Box::new(reply),
             },
         );
-    }
-
-    fn pull_begin(&mut self, disk: usize, group: u32) {
-        let Some(pull) = self.disks[disk].pull.get(&group) else {
-            return;
-        };
-        let (source, groups) = (self.disk_index(pull.source), pull.groups);
-        let mut places: Vec<Place> = self.disks[source].live.keys().copied().collect();
-        places.extend(self.disks[disk].live.keys().copied());
-        places.retain(|p| p.0 % groups == group);
-        places.sort_unstable();
-        places.dedup();
-        if let Some(pull) = self.disks[disk].pull.get_mut(&group) {
-            pull.todo = places.into();
-        }
-    }
-
-    fn pull_step(&mut self, disk: usize, process: u64, group: u32, number: u64) {
-        if self.disks[disk].process != process {
-            return;
-        }
-        let Some(pull) = self.disks[disk]
-            .pull
-            .get(&group)
-            .filter(|p| p.number == number)
-        else {
-            return;
-        };
-        let (source, epoch, incarnation) = (
-            self.disk_index(pull.source),
-            pull.epoch,
-            pull.source_incarnation,
-        );
-        let from = &self.disks[source];
-        let good = from.alive
-            && from.paused_until <= self.now
-            && from.incarnation == incarnation
-            && from.fence <= epoch;
-        let Some(pull) = self.disks[disk].pull.get_mut(&group) else {
-            return;
-        };
-        if !good {
-            pull.state = PullState::Failed;
-            return;
-        }
-        match pull.todo.pop_front() {
-            Some(place) => {
-                pull.applying += 1;
-                let cell = self.disks[source].live.get(&place).cloned();
-                let after = self.delay();
-                self.schedule(
-                    after,
-                    Event::PullApply {
-                        disk,
-                        process,
-                        group,
-                        number,
-                        place,
-                        cell,
-                    },
-                );
-            }
-            None if pull.applying == 0 => {
-                pull.state = PullState::Complete;
-                return;
-            }
-            None => {}
-        }
-        let after = self.delay();
-        self.schedule(
-            after,
-            Event::PullStep {
-                disk,
-                process,
-                group,
-                number,
-            },
-        );
-    }
-
-    // Metadata.
-
-    fn metadata(&mut self, client: usize, request: MetadataRequest) {
-        if !self.metadata_up || self.clients[client].cut {
-            self.waiting_metadata.push((client, request));
-            return;
-        }
-        let id = self.clients[client].id;
-        let event = match request {
-            MetadataRequest::Open => {
-                let first_open = !self.view.opened_once;
-                let previous_clean = self.clean;
-                self.clean = false;
-                self.view.opened_once = true;
-                self.view.holder = Some(id);
-                for replica in self.view.groups.iter_mut().flatten() {
-                    if replica.state == ReplicaState::Rebuilding {
-                        replica.state = ReplicaState::Stale;
-                    }
-                }
-                self.bump();
-                self.notify();
-                SessionEvent::Granted {
-                    view: Box::new(self.view.clone()),
-                    previous_clean,
-                    first_open,
-                }
-            }
-            MetadataRequest::ChangeReplicas { epoch, changes } => {
-                let applied = self.view.holder == Some(id)
-                    && self.view.epoch == epoch
-                    && self.change(&changes);
-                SessionEvent::ChangeAnswer {
-                    applied,
-                    view: Box::new(self.view.clone()),
-                }
-            }
-            MetadataRequest::Close { epoch, clean } => {
-                if self.view.holder == Some(id) && self.view.epoch == epoch {
-                    self.view.holder = None;
-                    self.clean = clean;
-                    self.view.revision += 1;
-                    SessionEvent::CloseAnswer
-                } else {
-                    SessionEvent::ConfigChanged(Box::new(self.view.clone()))
-                }
-            }
-            MetadataRequest::Refresh => SessionEvent::ConfigChanged(Box::new(self.view.clone())),
-        };
-        let after = self.delay();
-        self.schedule(
-            after,
-            Event::ToSession {
-                client,
-                event: Box::new(event),
-            },
-        );
-    }
-
-    /// Metadata has a majority again, or a client reaches it again.
-    pub(super) fn metadata_back(&mut self) {
-        for (client, request) in std::mem::take(&mut self.waiting_metadata) {
-            self.metadata(client, request);
-        }
-        self.notify();
-    }
-
-    fn bump(&mut self) {
-        self.view.epoch.0 += 1;
-        self.view.revision += 1;
-        self.changes += 1;
-        let epoch = self.view.epoch;
-        for replica in self.view.groups.iter_mut().flatten() {
-            replica.rebuild_epoch = if replica.state == ReplicaState::Rebuilding {
-                epoch
-            } else {
-                Epoch(0)
-            };
-        }
-    }
-
-    fn change(&mut self, changes: &[ReplicaChange]) -> bool {
-        let mut groups = self.view.groups.clone();
-        for change in changes {
-            let group = &mut groups[change.group.0 as usize];
-            let Some(replica) = group.iter_mut().find(|r| r.disk == change.disk) else {
-                return false;
-            };
-            if change.state == ReplicaState::InSync && replica.state != ReplicaState::Rebuilding {
-                return false;
-            }
-            replica.state = change.state;
-            if !group.iter().any(|r| r.state == ReplicaState::InSync) {
-                return false;
-            }
-        }
-        self.view.groups = groups;
-        self.bump();
-        self.notify();
-        true
-    }
-
-    /// The repair planner: stale replicas of living disks are rebuilt.
-    fn plan(&mut self) {
-        if !self.rebuilds || !self.metadata_up || self.view.holder.is_none() {
-            return;
-        }
-        let now = self.now;
-        let alive: Vec<DiskId> = self
-            .disks
-            .iter()
-            .filter(|d| d.alive && d.paused_until <= now)
-            .map(|d| d.id)
-            .collect();
-        let stale = self.view.groups.iter_mut().flatten();
-        let Some(replica) = stale
-            .into_iter()
-            .find(|r| r.state == ReplicaState::Stale && alive.contains(&r.disk))
-        else {
-            return;
-        };
-        replica.state = ReplicaState::Rebuilding;
-        self.bump();
-        self.notify();
-    }
-
-    pub(super) fn notify(&mut self) {
-        for client in 0..self.clients.len() {
-            if !self.clients[client].cut && self.metadata_up {
-                let event = Box::new(SessionEvent::ConfigChanged(Box::new(self.view.clone())));
-                let after = self.delay();
-                self.schedule(after, Event::ToSession { client, event });
-            }
-        }
-    }
-
-    pub(super) fn resize(&mut self, size_bytes: u64) {
-        self.view.size_bytes = size_bytes;
-        self.view.revision += 1;
-        self.notify();
-    }
-
-    // Faults.
-
-    fn break_connections(&mut self, disk: usize) {
-        self.connection += 1;
-        self.broken_below[disk] = self.connection;
-        for client in 0..self.clients.len() {
-            let connection = self.clients[client].connections[disk];
-            let after = self.delay();
-            self.schedule(
-                after,
-                Event::Broken {
-                    client,
-                    disk,
-                    connection,
-                },
-            );
-        }
-    }
-
-    pub(super) fn crash_disk(&mut self, disk: usize, back_after_ms: u64) {
-        trace!(self, "CRASH {disk}");
-        self.disks[disk].crash();
-        self.break_connections(disk);
-        self.schedule(back_after_ms * MS, Event::Restart { disk });
-    }
-
-    pub(super) fn power_loss(&mut self, disk: usize, back_after_ms: u64) {
-        trace!(self, "POWER LOSS {disk}");
-        let mut random = Random(self.random.next());
-        self.disks[disk].power_loss(&mut random);
-        self.break_connections(disk);
-        self.schedule(back_after_ms * MS, Event::Restart { disk });
-    }
-
-    /// The connections break; requests on their way arrive nevertheless.
-    pub(super) fn cut_links(&mut self, disk: usize) {
-        self.break_connections(disk);
-    }
-
-    pub(super) fn pause(&mut self, disk: usize, ms: u64) {
-        trace!(self, "PAUSE {disk} {ms}");
-        self.disks[disk].paused_until = self.now + ms * MS;
-    }
-
-    pub(super) fn all_in_sync(&self) -> bool {
-        self.view
-            .groups
-            .iter()
-            .flatten()
-            .all(|r| r.state == ReplicaState::InSync)
-    }
-
-    /// What a replica's block holds, tombstones as absent.
-    pub(super) fn contents(&self, disk: usize) -> BTreeMap<Place, Cell> {
-        let live = self.disks[disk].live.iter();
-        live.filter(|(_, c)| c.data.is_some())
-            .map(|(p, c)| (*p, c.clone()))
-            .collect()
     }
 }

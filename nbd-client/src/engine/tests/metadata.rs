@@ -1,0 +1,148 @@
+//! The fake metadata cluster: epochs, holders, changes of replicas, a repair planner.
+
+use ashlar_proto::ids::{DiskId, Epoch, ReplicaState};
+
+use super::world::{Event, World};
+use crate::engine::*;
+
+impl World {
+    pub(super) fn metadata(&mut self, client: usize, request: MetadataRequest) {
+        if !self.metadata_up || self.clients[client].cut {
+            self.waiting_metadata.push((client, request));
+            return;
+        }
+        let id = self.clients[client].id;
+        let event = match request {
+            MetadataRequest::Open => {
+                let first_open = !self.view.opened_once;
+                let previous_clean = self.clean;
+                self.clean = false;
+                self.view.opened_once = true;
+                self.view.holder = Some(id);
+                for replica in self.view.groups.iter_mut().flatten() {
+                    if replica.state == ReplicaState::Rebuilding {
+                        replica.state = ReplicaState::Stale;
+                    }
+                }
+                self.bump();
+                self.notify();
+                SessionEvent::Granted {
+                    view: Box::new(self.view.clone()),
+                    previous_clean,
+                    first_open,
+                }
+            }
+            MetadataRequest::ChangeReplicas { epoch, changes } => {
+                let applied = self.view.holder == Some(id)
+                    && self.view.epoch == epoch
+                    && self.change(&changes);
+                SessionEvent::ChangeAnswer {
+                    applied,
+                    view: Box::new(self.view.clone()),
+                }
+            }
+            MetadataRequest::Close { epoch, clean } => {
+                if self.view.holder == Some(id) && self.view.epoch == epoch {
+                    self.view.holder = None;
+                    self.clean = clean;
+                    self.view.revision += 1;
+                    SessionEvent::CloseAnswer
+                } else {
+                    SessionEvent::ConfigChanged(Box::new(self.view.clone()))
+                }
+            }
+            MetadataRequest::Refresh => SessionEvent::ConfigChanged(Box::new(self.view.clone())),
+        };
+        let after = self.delay();
+        self.schedule(
+            after,
+            Event::ToSession {
+                client,
+                event: Box::new(event),
+            },
+        );
+    }
+
+    /// Metadata has a majority again, or a client reaches it again.
+    pub(super) fn metadata_back(&mut self) {
+        for (client, request) in std::mem::take(&mut self.waiting_metadata) {
+            self.metadata(client, request);
+        }
+        self.notify();
+    }
+
+    pub(super) fn bump(&mut self) {
+        self.view.epoch.0 += 1;
+        self.view.revision += 1;
+        self.changes += 1;
+        let epoch = self.view.epoch;
+        for replica in self.view.groups.iter_mut().flatten() {
+            replica.rebuild_epoch = if replica.state == ReplicaState::Rebuilding {
+                epoch
+            } else {
+                Epoch(0)
+            };
+        }
+    }
+
+    pub(super) fn change(&mut self, changes: &[ReplicaChange]) -> bool {
+        let mut groups = self.view.groups.clone();
+        for change in changes {
+            let group = &mut groups[change.group.0 as usize];
+            let Some(replica) = group.iter_mut().find(|r| r.disk == change.disk) else {
+                return false;
+            };
+            if change.state == ReplicaState::InSync && replica.state != ReplicaState::Rebuilding {
+                return false;
+            }
+            replica.state = change.state;
+            if !group.iter().any(|r| r.state == ReplicaState::InSync) {
+                return false;
+            }
+        }
+        self.view.groups = groups;
+        self.bump();
+        self.notify();
+        true
+    }
+
+    /// The repair planner: stale replicas of living disks are rebuilt.
+    pub(super) fn plan(&mut self) {
+        if !self.rebuilds || !self.metadata_up || self.view.holder.is_none() {
+            return;
+        }
+        let now = self.now;
+        let alive: Vec<DiskId> = self
+            .disks
+            .iter()
+            .filter(|d| d.alive && d.paused_until <= now)
+            .map(|d| d.id)
+            .collect();
+        let stale = self.view.groups.iter_mut().flatten();
+        let Some(replica) = stale
+            .into_iter()
+            .find(|r| r.state == ReplicaState::Stale && alive.contains(&r.disk))
+        else {
+            return;
+        };
+        replica.state = ReplicaState::Rebuilding;
+        self.bump();
+        self.notify();
+    }
+
+    pub(super) fn notify(&mut self) {
+        for client in 0..self.clients.len() {
+            if !self.clients[client].cut && self.metadata_up {
+                let event = Box::new(SessionEvent::ConfigChanged(Box::new(self.view.clone())));
+                let after = self.delay();
+                self.schedule(after, Event::ToSession { client, event });
+            }
+        }
+    }
+
+    pub(super) fn resize(&mut self, size_bytes: u64) {
+        self.view.size_bytes = size_bytes;
+        self.view.revision += 1;
+        self.notify();
+    }
+}
