@@ -26,7 +26,8 @@ pub fn program(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A cluster in a directory; stopped when dropped.
+/// A cluster in a directory; stopped when dropped. Its data and logs stay then (to look at after an error)
+/// until the next one is started there, unless [`Cluster::discard_data`] was called.
 #[derive(Debug)]
 pub struct Cluster {
     directory: PathBuf,
@@ -43,7 +44,7 @@ impl Cluster {
             directory: directory.to_owned(),
             ashlar: program("ashlar")?,
             metadata: String::new(),
-            keep: false,
+            keep: true,
         };
         cluster.ashlar(&["dev", "down", "--purge"])?;
         let mut arguments = vec!["dev", "up"];
@@ -75,9 +76,9 @@ impl Cluster {
             .with_context(|| format!("the answer of ashlar {}", arguments.join(" ")))
     }
 
-    /// Keeps the data when dropped (the processes are stopped), to look at them.
-    pub fn keep_data(&mut self) {
-        self.keep = true;
+    /// Lets the data go when dropped: all is well, nobody needs to look at them.
+    pub fn discard_data(&mut self) {
+        self.keep = false;
     }
 
     /// The pids of the processes whose names start so.

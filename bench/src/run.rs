@@ -424,7 +424,9 @@ impl Ashlar {
 
     fn idle_row(self, plan: Plan, sockets: &Path, work: &Path) -> Result<Row> {
         let Self {
-            client, cluster, ..
+            client,
+            mut cluster,
+            ..
         } = self;
         drop(client);
         let mut exports = Vec::new();
@@ -443,6 +445,7 @@ impl Ashlar {
         // Opening has its aftermath (write-back, watches); then it is idle.
         std::thread::sleep(Duration::from_secs(5));
         let seconds = if plan.quick { 5 } else { 20 };
+        cluster.discard_data();
         let percent = 100.0 * machine::share_of_core(&pids, Duration::from_secs(seconds))?;
         Ok(limit_row(
             "idle-cpu",

@@ -18,7 +18,7 @@ use crate::error::{CliError, Result};
 /// Longest time for a TCP connection to one endpoint.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest time for one try at one endpoint.
-const TRY_TIMEOUT: Duration = Duration::from_secs(5);
+const TRY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Pause after every endpoint was tried once.
 const ROUND_PAUSE: Duration = Duration::from_millis(150);
 /// Volumes per page of a listing.

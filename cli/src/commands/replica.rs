@@ -61,7 +61,6 @@ struct ReplicaView {
     rebuild_epoch: u64,
     /// Absent where the daemon does not answer.
     used_bytes: Option<u64>,
-    chunks: Option<u64>,
     fence_epoch: Option<u64>,
     suspect: Option<bool>,
     damaged: Option<bool>,
@@ -121,7 +120,6 @@ async fn list(volume: Option<&str>, disk: Option<&str>, context: &mut Context) -
                 incarnation: replica.incarnation,
                 rebuild_epoch: replica.rebuild_epoch,
                 used_bytes: info.map(|i| i.used_bytes),
-                chunks: info.map(|i| i.chunks),
                 fence_epoch: info.map(|i| i.fence_epoch),
                 suspect: info.map(|i| i.suspect),
                 damaged: info.map(|i| i.damaged),
@@ -138,7 +136,6 @@ async fn list(volume: Option<&str>, disk: Option<&str>, context: &mut Context) -
         Column::Left("node"),
         Column::Left("path"),
         Column::Right("used"),
-        Column::Right("chunks"),
         Column::Left("rebuild"),
         Column::Left("disk id"),
     ];
@@ -150,7 +147,6 @@ async fn list(volume: Option<&str>, disk: Option<&str>, context: &mut Context) -
             cell(&r.node),
             cell(&r.path),
             cell(r.used_bytes.map_or_else(|| "-".to_owned(), size::format)),
-            cell(r.chunks.map_or_else(|| "-".to_owned(), |c| c.to_string())),
             cell(rebuild_text(r)),
             cell(&r.disk_id),
         ]
