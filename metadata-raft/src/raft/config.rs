@@ -1,14 +1,14 @@
 //! Timing and limits of Raft.
 //!
 //! A leader is missed after its lease (`ELECTION_MS_MAX`) and a random part of the election timeout; a
-//! new one leads 1 to 1.8 s after a death. Idle cost: one heartbeat per follower and 200 ms.
+//! new one leads 1 to 1.8 s after a death. Idle cost: one heartbeat per follower and 300 ms.
 
 use std::sync::Arc;
 
 use openraft::{Config, ConfigError, SnapshotPolicy};
 
 /// Between two heartbeats of the leader.
-const HEARTBEAT_MS: u64 = 200;
+const HEARTBEAT_MS: u64 = 300;
 /// Bounds of the random election timeout.
 const ELECTION_MS_MIN: u64 = 600;
 const ELECTION_MS_MAX: u64 = 900;
