@@ -1,0 +1,173 @@
+//! Bytes of a volume descriptor on disk; its checksum is in the slot's header.
+//!
+//! Invariant: the bytes say everything that is needed to rebuild the metadata of the volume, and are
+//! independent of the wire's encoding of the same descriptor.
+
+use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
+use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
+
+use super::FormatError;
+
+/// Most bytes of a descriptor: two areas and two headers fill a slot.
+pub const BODY_BYTES_MAX: usize = 28 * 1024;
+const BODY_VERSION: u8 = 1;
+const NAME_BYTES_MAX: usize = 128;
+
+/// The descriptor's bytes; an error if it is larger than a slot's area.
+pub fn encode_descriptor(d: &VolumeDescriptor) -> Result<Vec<u8>, FormatError> {
+    let name = d.name.as_bytes();
+    if name.len() > NAME_BYTES_MAX {
+        return Err(FormatError::Bounds("name"));
+    }
+    let mut b = Vec::with_capacity(256);
+    b.push(BODY_VERSION);
+    b.push(d.min_replicas);
+    b.extend_from_slice(&(name.len() as u16).to_le_bytes());
+    b.extend_from_slice(&d.snapshot.0.to_le_bytes());
+    b.extend_from_slice(&d.volume.0);
+    b.extend_from_slice(&d.epoch.0.to_le_bytes());
+    b.extend_from_slice(&d.size_bytes.to_le_bytes());
+    b.extend_from_slice(&(d.snapshots.len() as u32).to_le_bytes());
+    b.extend_from_slice(&(d.groups.len() as u32).to_le_bytes());
+    b.extend_from_slice(name);
+    for s in &d.snapshots {
+        b.extend_from_slice(&s.0.to_le_bytes());
+    }
+    for group in &d.groups {
+        b.push(u8::try_from(group.len()).map_err(|_| FormatError::Bounds("group"))?);
+        for r in group {
+            b.extend_from_slice(&r.disk.0);
+            b.push(r.state as u8);
+        }
+    }
+    if b.len() > BODY_BYTES_MAX {
+        Err(FormatError::Bounds("descriptor"))
+    } else {
+        Ok(b)
+    }
+}
+
+/// Takes bytes off the front, or says that there are too few.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn bytes(&mut self, n: usize) -> Result<&'a [u8], FormatError> {
+        let (head, rest) = self
+            .0
+            .split_at_checked(n)
+            .ok_or(FormatError::Bounds("length"))?;
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
+        Ok(super::array_at(self.bytes(N)?, 0))
+    }
+
+    fn u8(&mut self) -> Result<u8, FormatError> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    fn u32(&mut self) -> Result<u32, FormatError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, FormatError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+}
+
+/// The descriptor from its bytes (all of them).
+pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> {
+    let mut r = Reader(bytes);
+    let version = r.u8()?;
+    if version != BODY_VERSION {
+        return Err(FormatError::Version(u16::from(version)));
+    }
+    let min_replicas = r.u8()?;
+    let name_bytes = usize::from(u16::from_le_bytes(r.array()?));
+    let snapshot = SnapshotNumber(r.u32()?);
+    let volume = VolumeId(r.array()?);
+    let epoch = Epoch(r.u64()?);
+    let size_bytes = r.u64()?;
+    let snapshot_count = r.u32()? as usize;
+    let group_count = r.u32()? as usize;
+    let name = std::str::from_utf8(r.bytes(name_bytes)?)
+        .map_err(|_| FormatError::Bounds("name"))?
+        .to_owned();
+    if snapshot_count * 4 > BODY_BYTES_MAX || group_count > BODY_BYTES_MAX {
+        return Err(FormatError::Bounds("counts"));
+    }
+    let mut snapshots = Vec::with_capacity(snapshot_count);
+    for _ in 0..snapshot_count {
+        snapshots.push(SnapshotNumber(r.u32()?));
+    }
+    let mut groups = Vec::with_capacity(group_count.min(1024));
+    for _ in 0..group_count {
+        let members = usize::from(r.u8()?);
+        let mut group = Vec::with_capacity(members);
+        for _ in 0..members {
+            let disk = DiskId(r.array()?);
+            let state =
+                ReplicaState::from_u8(r.u8()?).ok_or(FormatError::Bounds("replica state"))?;
+            group.push(ReplicaDescriptor { disk, state });
+        }
+        groups.push(group);
+    }
+    if !r.0.is_empty() {
+        return Err(FormatError::Bounds("trailing bytes"));
+    }
+    Ok(VolumeDescriptor {
+        volume,
+        epoch,
+        size_bytes,
+        min_replicas,
+        snapshot,
+        snapshots,
+        groups,
+        name,
+    })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn example() -> VolumeDescriptor {
+        VolumeDescriptor {
+            volume: VolumeId([1; 16]),
+            epoch: Epoch(2),
+            size_bytes: 4096,
+            min_replicas: 2,
+            snapshot: SnapshotNumber(3),
+            snapshots: vec![SnapshotNumber(1)],
+            groups: vec![vec![ReplicaDescriptor {
+                disk: DiskId([4; 16]),
+                state: ReplicaState::InSync,
+            }]],
+            name: "db".to_owned(),
+        }
+    }
+
+    #[test]
+    fn golden_bytes_and_round_trip() {
+        let b = encode_descriptor(&example()).unwrap();
+        let mut expected = vec![1, 2, 2, 0, 3, 0, 0, 0];
+        expected.extend([1; 16]);
+        expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
+        expected.extend([1, 0, 0, 0, 1, 0, 0, 0, b'd', b'b', 1, 0, 0, 0, 1]);
+        expected.extend([4; 16]);
+        expected.push(2);
+        assert_eq!(b, expected);
+        assert_eq!(decode_descriptor(&b).unwrap(), example());
+    }
+
+    #[test]
+    fn truncated_bytes_are_errors() {
+        let b = encode_descriptor(&example()).unwrap();
+        for n in 0..b.len() {
+            assert!(decode_descriptor(&b[..n]).is_err());
+        }
+    }
+}

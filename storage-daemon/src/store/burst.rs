@@ -1,0 +1,599 @@
+//! Write-back, second half: reading the log, writing pages and sectors, advancing the tail.
+//!
+//! ```text
+//! Marker -> MarkerSync -> Load -> Write -> Settle -> Sync -> Tail -> (done)
+//! ```
+//! Marker and MarkerSync are skipped when a durable marker covers the run already.
+//!
+//! Invariants:
+//! - Sectors, data and everything up to `wait` are durable before the superblock names the new tail; the
+//!   freed part of the log and freed pages are reused only after that superblock is durable.
+//! - A page is changed in place only block by block, and only blocks that the log still holds.
+//! - The overlay hides a page until the burst is finished.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use ashlar_platform::disk::DiskCommand;
+use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_PAGE, ChunkIndex, SnapshotNumber, Version};
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::api::StoreCommand;
+use super::cache::{Lookup, SECTORS_PER_BLOCK};
+use super::index::{NO_PAGE, PageKey};
+use super::sync::{SuperblockAction, SyncAction};
+use super::writeback::{BlockPlan, PagePlan};
+use super::{Store, Target};
+use crate::format::{PageBlock, PageSector, PageState, StoredState};
+
+/// Writes of a burst in flight at once: foreground requests share the device.
+const WRITES_IN_FLIGHT_MAX: u32 = 16;
+/// Bytes of one read of the log.
+const READ_BYTES_MAX: u64 = 1 << 20;
+/// Dead bytes of the log that are read along to save a command.
+const READ_GAP_MAX: u64 = 64 * 1024;
+
+/// See the module.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    Marker,
+    MarkerSync,
+    Load,
+    Write,
+    Settle,
+    Sync,
+    Tail,
+}
+
+struct LogRead {
+    offset: u64,
+    length: u64,
+    data: Option<Bytes>,
+}
+
+/// How a page ends up.
+struct Outcome {
+    key: PageKey,
+    /// Where it is now.
+    home: Option<u32>,
+    /// Pages that it leaves.
+    left: SmallVec<[u32; 2]>,
+}
+
+/// One burst.
+pub(super) struct Burst {
+    /// Last batch that it frees.
+    pub(super) end: u64,
+    /// Last batch that may have superseded something in the run.
+    pub(super) wait: u64,
+    pub(super) stage: Stage,
+    pub(super) pages: BTreeMap<PageKey, PagePlan>,
+    pub(super) touched: Vec<(u32, u32, u32)>,
+    /// Fresh pages that a later redirect replaced.
+    pub(super) dead: Vec<u32>,
+    /// Fresh pages of replicas that were dropped.
+    pub(super) orphans: Vec<u32>,
+    loading: bool,
+    reads: Vec<LogRead>,
+    outstanding: u32,
+    /// Blocks of sectors that are still to be loaded and pinned.
+    missing: Vec<u32>,
+    pinned: Vec<u32>,
+    writes: VecDeque<(u64, SmallVec<[Bytes; 4]>)>,
+    outcomes: Vec<Outcome>,
+}
+
+impl Burst {
+    pub(super) fn new(end: u64) -> Self {
+        Self {
+            end,
+            wait: end,
+            stage: Stage::Marker,
+            pages: BTreeMap::new(),
+            touched: Vec::new(),
+            dead: Vec::new(),
+            orphans: Vec::new(),
+            loading: false,
+            reads: Vec::new(),
+            outstanding: 0,
+            missing: Vec::new(),
+            pinned: Vec::new(),
+            writes: VecDeque::new(),
+            outcomes: Vec::new(),
+        }
+    }
+
+    fn data_at(&self, offset: u64) -> Option<Bytes> {
+        let at = self.reads.partition_point(|r| r.offset <= offset);
+        // Failed reads were split: several entries may begin at or before the offset.
+        self.reads[..at].iter().rev().take(2).find_map(|r| {
+            let start = offset - r.offset;
+            let data = r.data.as_ref()?;
+            (start + BLOCK_SIZE as u64 <= r.length)
+                .then(|| data.slice(start as usize..start as usize + BLOCK_SIZE))
+        })
+    }
+}
+
+impl Store {
+    pub(super) fn pump_burst(&mut self, out: &mut Vec<StoreCommand>) {
+        if self.burst.is_idle() {
+            self.start_burst(out);
+        }
+        let Some(mut burst) = self.burst.active.take() else {
+            return;
+        };
+        match burst.stage {
+            Stage::Marker if self.log.completed >= burst.wait => {
+                burst.stage = Stage::MarkerSync;
+                self.burst.active = Some(burst);
+                return self.want_sync(SyncAction::WriteBack, out);
+            }
+            Stage::Load => self.load_burst(&mut burst, out),
+            Stage::Settle if self.log.completed >= burst.wait => {
+                burst.stage = Stage::Sync;
+                self.burst.active = Some(burst);
+                return self.want_sync(SyncAction::WriteBack, out);
+            }
+            _ => {}
+        }
+        if burst.stage == Stage::Write {
+            self.issue_writes(&mut burst, out);
+            if burst.outstanding == 0 {
+                burst.stage = Stage::Settle;
+            }
+        }
+        let again = burst.stage == Stage::Settle && self.log.completed >= burst.wait;
+        self.burst.active = Some(burst);
+        if again {
+            self.pump_burst(out);
+        }
+    }
+
+    pub(super) fn burst_synced(&mut self, out: &mut Vec<StoreCommand>) {
+        let Some(burst) = self.burst.active.as_mut() else {
+            return;
+        };
+        match burst.stage {
+            Stage::MarkerSync => {
+                burst.stage = Stage::Load;
+                self.pump_burst(out);
+            }
+            Stage::Sync => {
+                burst.stage = Stage::Tail;
+                let end = burst.end;
+                if let Some(b) = self.log.batch(end) {
+                    self.superblock.tail_offset = b.end();
+                    self.superblock.tail_sequence = b.sequence;
+                    self.superblock.tail_chain = b.chain;
+                }
+                self.want_superblock(SuperblockAction::TailFree);
+            }
+            _ => {}
+        }
+    }
+
+    fn load_burst(&mut self, burst: &mut Burst, out: &mut Vec<StoreCommand>) {
+        if !self.allocate_pages(burst) {
+            return;
+        }
+        if !burst.loading {
+            burst.loading = true;
+            self.start_loading(burst, out);
+        }
+        let mut missing = std::mem::take(&mut burst.missing);
+        missing.retain(|block| {
+            if self.cache.contains(*block) {
+                self.cache.pin(*block);
+                burst.pinned.push(*block);
+                return false;
+            }
+            self.load_sectors(*block, out);
+            true
+        });
+        burst.missing = missing;
+        if burst.missing.is_empty() && burst.outstanding == 0 {
+            burst.reads.sort_by_key(|r| (r.offset, r.length));
+            self.build_writes(burst);
+            burst.stage = Stage::Write;
+        }
+    }
+
+    /// Finds a page for every plan that needs one; false while the high-water mark has to rise first.
+    fn allocate_pages(&mut self, burst: &mut Burst) -> bool {
+        for (key, plan) in &mut burst.pages {
+            let holds = plan
+                .blocks
+                .iter()
+                .any(|(_, _, b)| matches!(b, BlockPlan::Data { .. } | BlockPlan::Bad { .. }));
+            let has = plan.adopt.is_some() || plan.allocated.is_some();
+            if has
+                || !holds
+                || self
+                    .index
+                    .by_slot(key.slot)
+                    .is_none_or(|r| r.home(*key).is_some())
+            {
+                continue;
+            }
+            let reserved = self.index.pages.get(key).is_some_and(|r| r.reserved);
+            let page = if reserved {
+                self.allocator.allocate_reserved()
+            } else {
+                self.allocator.allocate_unreserved()
+            };
+            let Some(page) = page else { return false };
+            if let Some(r) = self.index.pages.get_mut(key) {
+                r.reserved = false;
+            }
+            plan.allocated = Some(page);
+        }
+        true
+    }
+
+    fn start_loading(&mut self, burst: &mut Burst, out: &mut Vec<StoreCommand>) {
+        let mut offsets: Vec<u64> = Vec::new();
+        let mut sectors: BTreeSet<u32> = BTreeSet::new();
+        for (key, plan) in &burst.pages {
+            let home = self.index.by_slot(key.slot).and_then(|r| r.home(*key));
+            let adopt = plan.adopt.map(|a| a.physical);
+            for page in [home, adopt, plan.allocated].into_iter().flatten() {
+                sectors.insert(page / SECTORS_PER_BLOCK);
+            }
+            offsets.extend(plan.blocks.iter().filter_map(|(_, _, b)| match b {
+                BlockPlan::Data { log_offset, .. } => Some(*log_offset),
+                _ => None,
+            }));
+        }
+        burst.missing = sectors.into_iter().collect();
+        offsets.sort_unstable();
+        for offset in offsets {
+            let block = BLOCK_SIZE as u64;
+            if let Some(last) = burst.reads.last_mut()
+                && offset <= last.offset + last.length + READ_GAP_MAX
+                && offset + block <= last.offset + READ_BYTES_MAX
+            {
+                last.length = last.length.max(offset + block - last.offset);
+                continue;
+            }
+            burst.reads.push(LogRead {
+                offset,
+                length: block,
+                data: None,
+            });
+        }
+        burst.outstanding = burst.reads.len() as u32;
+        for (i, r) in burst.reads.iter().enumerate() {
+            let token = self.token(Target::BurstRead(i as u32));
+            let offset = self.geometry.log_offset + r.offset;
+            let length = r.length as usize;
+            out.push(StoreCommand::Disk(DiskCommand::Read {
+                token,
+                offset,
+                length,
+            }));
+        }
+    }
+
+    pub(super) fn on_burst_read(
+        &mut self,
+        index: u32,
+        bytes: Option<Bytes>,
+        out: &mut Vec<StoreCommand>,
+    ) {
+        let Some(mut burst) = self.burst.active.take() else {
+            return;
+        };
+        burst.outstanding -= 1;
+        let base = burst.reads.len() as u32;
+        if let Some(r) = burst.reads.get_mut(index as usize) {
+            let (offset, length) = (r.offset, r.length);
+            r.data = bytes.filter(|b| b.len() as u64 == length);
+            if r.data.is_none() && length > BLOCK_SIZE as u64 {
+                // One unreadable sector must not cost its neighbours.
+                r.length = 0;
+                let blocks = (length / BLOCK_SIZE as u64) as u32;
+                burst.outstanding += blocks;
+                for i in 0..blocks {
+                    let offset = offset + u64::from(i) * BLOCK_SIZE as u64;
+                    burst.reads.push(LogRead {
+                        offset,
+                        length: BLOCK_SIZE as u64,
+                        data: None,
+                    });
+                    let token = self.token(Target::BurstRead(base + i));
+                    let offset = self.geometry.log_offset + offset;
+                    let length = BLOCK_SIZE;
+                    out.push(StoreCommand::Disk(DiskCommand::Read {
+                        token,
+                        offset,
+                        length,
+                    }));
+                }
+            }
+        }
+        self.burst.active = Some(burst);
+    }
+
+    fn build_writes(&mut self, burst: &mut Burst) {
+        let mut dirty: BTreeSet<u32> = BTreeSet::new();
+        let pages = std::mem::take(&mut burst.pages);
+        for (key, plan) in &pages {
+            self.build_page(burst, *key, plan, &mut dirty);
+        }
+        burst.pages = pages;
+        for block in dirty {
+            let offset = self.sector_block_offset(block);
+            if let Some(bytes) = self.cache.bytes(block) {
+                let mut data = SmallVec::new();
+                data.push(super::space::block_of(bytes));
+                burst.writes.push_back((offset, data));
+            }
+        }
+    }
+
+    /// The sector of a home page as blocks.
+    fn home_blocks(&mut self, physical: u32, bound: Version) -> [PageBlock; 16] {
+        let mut blocks = [PageBlock::default(); BLOCKS_PER_PAGE as usize];
+        match self.cache.sector(physical) {
+            Lookup::Sector(bytes) => {
+                for (i, b) in blocks.iter_mut().enumerate() {
+                    *b = PageSector::block_of(bytes, i);
+                }
+            }
+            Lookup::Rotten | Lookup::Missing => {
+                let state = StoredState::BadUnversioned;
+                blocks.fill(PageBlock {
+                    version: bound,
+                    checksum: 0,
+                    state,
+                });
+            }
+        }
+        blocks
+    }
+
+    fn build_page(
+        &mut self,
+        burst: &mut Burst,
+        key: PageKey,
+        plan: &PagePlan,
+        dirty: &mut BTreeSet<u32>,
+    ) {
+        let Some(replica) = self.index.by_slot(key.slot) else {
+            return;
+        };
+        let (number, volume) = (replica.header.replica, replica.header.volume);
+        let (bound, home) = (replica.home_highest, replica.home(key));
+        let (physical, mut blocks) = match (plan.adopt, home, plan.allocated) {
+            (Some(a), _, _) => {
+                let blocks = a.checksums.map(|checksum| PageBlock {
+                    version: a.version,
+                    checksum,
+                    state: StoredState::Data,
+                });
+                (a.physical, blocks)
+            }
+            (None, Some(home), _) => (home, self.home_blocks(home, bound)),
+            (None, None, Some(page)) => (page, [PageBlock::default(); 16]),
+            (None, None, None) => return,
+        };
+        for e in &plan.tombstones {
+            for (i, b) in blocks.iter_mut().enumerate() {
+                let at = key.block(i as u8).block;
+                if e.first <= at && at < e.end && b.version < e.version {
+                    *b = PageBlock::default();
+                }
+            }
+        }
+        let mut runs: SmallVec<[(u8, SmallVec<[Bytes; 4]>); 4]> = SmallVec::new();
+        let mut planned = plan.blocks.clone();
+        planned.sort_by_key(|(i, _, _)| *i);
+        for (i, _, what) in planned {
+            let b = &mut blocks[usize::from(i)];
+            match what {
+                BlockPlan::Adopted => {}
+                BlockPlan::Erased => *b = PageBlock::default(),
+                BlockPlan::Bad { version, checksum } => {
+                    *b = PageBlock {
+                        version,
+                        checksum,
+                        state: StoredState::Bad,
+                    };
+                }
+                BlockPlan::Data {
+                    log_offset,
+                    version,
+                    checksum,
+                } => {
+                    let data = burst.data_at(log_offset);
+                    let data = data.filter(|d| crc32c::crc32c(d) == checksum);
+                    let Some(data) = data else {
+                        self.stats.checksum_errors += 1;
+                        *b = PageBlock {
+                            version,
+                            checksum,
+                            state: StoredState::Bad,
+                        };
+                        continue;
+                    };
+                    *b = PageBlock {
+                        version,
+                        checksum,
+                        state: StoredState::Data,
+                    };
+                    match runs
+                        .last_mut()
+                        .filter(|(at, d)| usize::from(*at) + d.len() == usize::from(i))
+                    {
+                        Some((_, run)) => run.push(data),
+                        None => runs.push((i, smallvec::smallvec![data])),
+                    }
+                }
+            }
+        }
+        for (i, data) in runs {
+            let offset = self.page_offset(physical) + u64::from(i) * BLOCK_SIZE as u64;
+            burst.writes.push_back((offset, data));
+        }
+        self.generation += 1;
+        let mut sector = PageSector::free(physical, self.generation);
+        sector.blocks = blocks;
+        let empty = sector.is_empty();
+        if !empty {
+            sector.state = PageState::Owned;
+            sector.replica = number;
+            sector.volume = volume;
+            sector.chunk = ChunkIndex(key.chunk);
+            sector.layer = SnapshotNumber(key.layer);
+            sector.page = key.page;
+        }
+        let highest = blocks
+            .iter()
+            .map(|b| b.version)
+            .max()
+            .unwrap_or(Version::ZERO);
+        if let Some(r) = self.index.by_slot_mut(key.slot) {
+            r.home_highest = r.home_highest.max(highest);
+        }
+        self.cache.update(&sector, self.salt);
+        dirty.insert(physical / SECTORS_PER_BLOCK);
+        let mut left: SmallVec<[u32; 2]> = SmallVec::new();
+        if let Some(old) = home.filter(|h| *h != physical) {
+            self.cache
+                .update(&PageSector::free(old, self.generation), self.salt);
+            dirty.insert(old / SECTORS_PER_BLOCK);
+            left.push(old);
+        }
+        if empty {
+            left.push(physical);
+        }
+        burst.outcomes.push(Outcome {
+            key,
+            home: (!empty).then_some(physical),
+            left,
+        });
+    }
+
+    fn issue_writes(&mut self, burst: &mut Burst, out: &mut Vec<StoreCommand>) {
+        while burst.outstanding < WRITES_IN_FLIGHT_MAX {
+            let Some((offset, data)) = burst.writes.pop_front() else {
+                return;
+            };
+            burst.outstanding += 1;
+            let token = self.token(Target::BurstWrite);
+            out.push(StoreCommand::Disk(DiskCommand::Write {
+                token,
+                offset,
+                data,
+            }));
+        }
+    }
+
+    pub(super) fn on_burst_write(&mut self) {
+        if let Some(burst) = self.burst.active.as_mut() {
+            burst.outstanding -= 1;
+        }
+    }
+
+    /// The new tail is durable: what was freed may be used again.
+    pub(super) fn finish_burst(&mut self, out: &mut Vec<StoreCommand>) {
+        let Some(burst) = self.burst.active.take() else {
+            return;
+        };
+        for outcome in &burst.outcomes {
+            self.settle_page(outcome);
+        }
+        for (key, plan) in &burst.pages {
+            if let Some(r) = self.index.pages.get_mut(key)
+                && plan.adopt.is_some_and(|a| a.physical == r.redirect)
+            {
+                r.redirect = NO_PAGE;
+            }
+            for (i, batch, _) in &plan.blocks {
+                self.index
+                    .retire(key.block(*i), *batch, &mut self.allocator);
+            }
+        }
+        for outcome in &burst.outcomes {
+            self.release_left(outcome);
+        }
+        for &(slot, chunk, layer) in &burst.touched {
+            let Some(c) = self
+                .index
+                .by_slot_mut(slot)
+                .and_then(|r| r.chunks.get_mut(&chunk))
+            else {
+                continue;
+            };
+            let tombstones = &mut c.layer_mut(layer).tombstones;
+            let before = tombstones.len();
+            tombstones.forget(burst.end);
+            let forgotten = before - tombstones.len();
+            self.index.tombstones -= forgotten as u64;
+        }
+        for page in burst.dead.iter().chain(&burst.orphans) {
+            self.allocator.release(*page);
+        }
+        for block in burst.pinned {
+            self.cache.unpin(block);
+        }
+        self.log.free_to(burst.end);
+        self.stats.write_backs += 1;
+        self.drain_queue(out);
+    }
+
+    /// Enters the page's new home.
+    fn settle_page(&mut self, outcome: &Outcome) {
+        let key = outcome.key;
+        let Some(home) = outcome.home else { return };
+        let Some(replica) = self.index.by_slot_mut(key.slot) else {
+            return;
+        };
+        let layer = replica
+            .chunks
+            .entry(key.chunk)
+            .or_default()
+            .layer_mut(key.layer);
+        let fresh = layer.pages.set(key.page, home).is_none();
+        replica.pages += u64::from(fresh);
+        if let Some(r) = self.index.pages.get_mut(&key)
+            && std::mem::take(&mut r.reserved)
+        {
+            self.allocator.unreserve();
+        }
+    }
+
+    /// Gives back pages that were left. A page that is empty on disk, but that newer records in the log
+    /// count on, stays home.
+    fn release_left(&mut self, outcome: &Outcome) {
+        let key = outcome.key;
+        for page in &outcome.left {
+            let Some(replica) = self.index.by_slot_mut(key.slot) else {
+                continue;
+            };
+            if replica.home(key) == Some(*page) {
+                let counted_on = self
+                    .index
+                    .pages
+                    .get(&key)
+                    .is_some_and(|r| r.redirect == NO_PAGE);
+                if counted_on {
+                    continue;
+                }
+                let Some(replica) = self.index.by_slot_mut(key.slot) else {
+                    continue;
+                };
+                replica
+                    .chunks
+                    .entry(key.chunk)
+                    .or_default()
+                    .layer_mut(key.layer)
+                    .pages
+                    .remove(key.page);
+                replica.pages -= 1;
+            }
+            self.allocator.release(*page);
+        }
+    }
+}

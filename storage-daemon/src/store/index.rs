@@ -1,0 +1,465 @@
+//! What the store knows in memory: replicas, their chunks, the home page of each page, and the overlay of
+//! blocks whose newest state is still in the log.
+//!
+//! Invariants:
+//! - An overlay entry was accepted later than the home block beneath it and always hides it; it goes only
+//!   when its state is home and the log record is freed.
+//! - The effects of a log record here do not depend on what is in home pages, so that replay
+//!   reproduces them (`apply_*` serve both).
+//! - `PageRef::entries` counts the overlay entries of a page; `reserved` says that one page is promised.
+//! - `home_highest` is at least the highest version in any home page of the replica.
+
+use std::collections::BTreeMap;
+
+use ashlar_proto::descriptor::VolumeDescriptor;
+use ashlar_proto::ids::{BLOCKS_PER_PAGE, SnapshotNumber, Version, VolumeId};
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use super::allocator::Allocator;
+use super::tombstones::Tombstones;
+use crate::format::ReplicaHeader;
+
+/// No physical page.
+pub(super) const NO_PAGE: u32 = u32::MAX;
+
+/// A block of a layer of a chunk of the replica in a slot.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(super) struct BlockKey {
+    pub(super) slot: u32,
+    pub(super) chunk: u32,
+    pub(super) layer: u32,
+    pub(super) block: u16,
+}
+
+/// A page likewise.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(super) struct PageKey {
+    pub(super) slot: u32,
+    pub(super) chunk: u32,
+    pub(super) layer: u32,
+    pub(super) page: u8,
+}
+
+impl BlockKey {
+    pub(super) fn page(self) -> PageKey {
+        let page = (self.block / BLOCKS_PER_PAGE as u16) as u8;
+        PageKey {
+            slot: self.slot,
+            chunk: self.chunk,
+            layer: self.layer,
+            page,
+        }
+    }
+}
+
+impl PageKey {
+    pub(super) fn block(self, index: u8) -> BlockKey {
+        let block = u16::from(self.page) * BLOCKS_PER_PAGE as u16 + u16::from(index);
+        BlockKey {
+            slot: self.slot,
+            chunk: self.chunk,
+            layer: self.layer,
+            block,
+        }
+    }
+}
+
+/// Where the newest state of a block in the log is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Place {
+    /// This data block of its batch.
+    Log(u32),
+    /// In a fresh page that is not home yet.
+    Page(u32),
+    /// The block is absent in this layer.
+    Erased,
+    /// Its data in the log is rotten.
+    Bad,
+}
+
+/// Newest state of a block that is in the log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Overlay {
+    pub(super) batch: u64,
+    pub(super) version: Version,
+    pub(super) checksum: u32,
+    pub(super) place: Place,
+}
+
+/// What the overlay holds of one page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PageRef {
+    pub(super) entries: u16,
+    pub(super) reserved: bool,
+    /// Newest fresh page of a redirected write, or `NO_PAGE`.
+    pub(super) redirect: u32,
+}
+
+/// Home pages of one layer of a chunk: a bitmap of those present, and their numbers in order.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PageTable {
+    present: u64,
+    physical: Vec<u32>,
+}
+
+impl PageTable {
+    fn rank(&self, page: u8) -> usize {
+        (self.present & ((1u64 << page) - 1)).count_ones() as usize
+    }
+
+    pub(super) fn get(&self, page: u8) -> Option<u32> {
+        (self.present & (1 << page) != 0).then(|| self.physical[self.rank(page)])
+    }
+
+    pub(super) fn set(&mut self, page: u8, physical: u32) -> Option<u32> {
+        let at = self.rank(page);
+        if self.present & (1 << page) != 0 {
+            return Some(std::mem::replace(&mut self.physical[at], physical));
+        }
+        self.present |= 1 << page;
+        if self.physical.len() == self.physical.capacity() {
+            self.physical
+                .reserve_exact((self.physical.len() / 2).max(1));
+        }
+        self.physical.insert(at, physical);
+        None
+    }
+
+    pub(super) fn remove(&mut self, page: u8) -> Option<u32> {
+        let physical = self.get(page)?;
+        self.physical.remove(self.rank(page));
+        self.present &= !(1 << page);
+        Some(physical)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u8, u32)> {
+        (0..64u8)
+            .filter(|p| self.present & (1 << p) != 0)
+            .zip(self.physical.iter().copied())
+    }
+}
+
+/// One layer of a chunk.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layer {
+    pub(super) number: u32,
+    pub(super) pages: PageTable,
+    pub(super) tombstones: Tombstones,
+}
+
+/// A chunk of a replica.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Chunk {
+    /// At least the highest version in it.
+    pub(super) highest: Version,
+    /// Ascending by number.
+    pub(super) layers: SmallVec<[Layer; 1]>,
+}
+
+impl Chunk {
+    pub(super) fn layer(&self, number: u32) -> Option<&Layer> {
+        self.layers.iter().find(|l| l.number == number)
+    }
+
+    pub(super) fn layer_mut(&mut self, number: u32) -> &mut Layer {
+        let at = self.layers.partition_point(|l| l.number < number);
+        if self.layers.get(at).is_none_or(|l| l.number != number) {
+            self.layers.insert(
+                at,
+                Layer {
+                    number,
+                    ..Layer::default()
+                },
+            );
+        }
+        &mut self.layers[at]
+    }
+}
+
+/// A replica.
+#[derive(Clone, Debug)]
+pub(super) struct Replica {
+    pub(super) slot: u32,
+    pub(super) header: ReplicaHeader,
+    pub(super) descriptor: Option<VolumeDescriptor>,
+    pub(super) watermark: Version,
+    pub(super) forget_below: Version,
+    pub(super) highest: Version,
+    pub(super) home_highest: Version,
+    /// Batch that holds the newest Watermark record, 0: none.
+    pub(super) watermark_batch: u64,
+    pub(super) watermark_dirty: bool,
+    pub(super) pages: u64,
+    pub(super) chunks: BTreeMap<u32, Chunk>,
+}
+
+impl Replica {
+    pub(super) fn new(slot: u32, header: ReplicaHeader) -> Self {
+        Self {
+            slot,
+            header,
+            descriptor: None,
+            watermark: Version::ZERO,
+            forget_below: Version::ZERO,
+            highest: Version::ZERO,
+            home_highest: Version::ZERO,
+            watermark_batch: 0,
+            watermark_dirty: false,
+            pages: 0,
+            chunks: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn home(&self, key: PageKey) -> Option<u32> {
+        self.chunks
+            .get(&key.chunk)?
+            .layer(key.layer)?
+            .pages
+            .get(key.page)
+    }
+
+    /// Records that a version was applied in a chunk.
+    pub(super) fn note(&mut self, chunk: u32, version: Version) -> &mut Chunk {
+        self.highest = self.highest.max(version);
+        let chunk = self.chunks.entry(chunk).or_default();
+        chunk.highest = chunk.highest.max(version);
+        chunk
+    }
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Index {
+    pub(super) replicas: Vec<Option<Box<Replica>>>,
+    pub(super) by_volume: FxHashMap<VolumeId, u32>,
+    pub(super) by_number: FxHashMap<u64, u32>,
+    pub(super) overlay: FxHashMap<BlockKey, Overlay>,
+    pub(super) pages: FxHashMap<PageKey, PageRef>,
+    pub(super) tombstones: u64,
+}
+
+impl Index {
+    pub(super) fn replica(&self, volume: VolumeId) -> Option<&Replica> {
+        self.by_slot(*self.by_volume.get(&volume)?)
+    }
+
+    pub(super) fn replica_mut(&mut self, volume: VolumeId) -> Option<&mut Replica> {
+        let slot = *self.by_volume.get(&volume)?;
+        self.by_slot_mut(slot)
+    }
+
+    pub(super) fn by_slot(&self, slot: u32) -> Option<&Replica> {
+        self.replicas.get(slot as usize)?.as_deref()
+    }
+
+    pub(super) fn by_slot_mut(&mut self, slot: u32) -> Option<&mut Replica> {
+        self.replicas.get_mut(slot as usize)?.as_deref_mut()
+    }
+
+    pub(super) fn add(&mut self, replica: Replica) {
+        let slot = replica.slot;
+        self.by_volume.insert(replica.header.volume, slot);
+        self.by_number.insert(replica.header.replica, slot);
+        if self.replicas.len() <= slot as usize {
+            self.replicas.resize_with(slot as usize + 1, || None);
+        }
+        self.replicas[slot as usize] = Some(Box::new(replica));
+    }
+
+    /// Takes a replica out with everything that the overlay holds of it; returns its pages.
+    pub(super) fn remove(&mut self, slot: u32, allocator: &mut Allocator) -> Vec<u32> {
+        let Some(replica) = self.replicas.get_mut(slot as usize).and_then(Option::take) else {
+            return Vec::new();
+        };
+        self.by_volume.remove(&replica.header.volume);
+        self.by_number.remove(&replica.header.replica);
+        let mut pages: Vec<u32> = Vec::new();
+        for layer in replica.chunks.values().flat_map(|c| c.layers.iter()) {
+            pages.extend(layer.pages.iter().map(|(_, p)| p));
+            self.tombstones -= layer.tombstones.len() as u64;
+        }
+        self.overlay.retain(|k, _| k.slot != slot);
+        self.pages.retain(|k, r| {
+            if k.slot == slot && r.reserved {
+                allocator.unreserve();
+            }
+            k.slot != slot
+        });
+        pages
+    }
+
+    /// Whether writing this page through the log needs a page that is not promised yet.
+    pub(super) fn needs_reservation(&self, key: PageKey) -> bool {
+        match self.pages.get(&key) {
+            Some(r) if r.reserved || r.redirect != NO_PAGE => false,
+            _ => self.by_slot(key.slot).is_none_or(|r| r.home(key).is_none()),
+        }
+    }
+
+    fn put(&mut self, key: BlockKey, entry: Overlay) {
+        let fresh = self.overlay.insert(key, entry).is_none();
+        let r = self.pages.entry(key.page()).or_insert(PageRef {
+            entries: 0,
+            reserved: false,
+            redirect: NO_PAGE,
+        });
+        r.entries += u16::from(fresh);
+    }
+
+    /// A Data record (or one block of it) takes effect.
+    pub(super) fn apply_data(&mut self, key: BlockKey, entry: Overlay, allocator: &mut Allocator) {
+        if self.needs_reservation(key.page()) {
+            allocator.reserve();
+            self.put(key, entry);
+            if let Some(r) = self.pages.get_mut(&key.page()) {
+                r.reserved = true;
+            }
+        } else {
+            self.put(key, entry);
+        }
+        self.uncover(key, entry.version);
+    }
+
+    /// Removes a tombstone over a block that is now at `version`, unless the version alone beats it.
+    fn uncover(&mut self, key: BlockKey, version: Version) {
+        let Some(replica) = self.replicas[key.slot as usize].as_deref_mut() else {
+            return;
+        };
+        let chunk = replica.note(key.chunk, version);
+        let layer = chunk.layer_mut(key.layer);
+        if layer
+            .tombstones
+            .covering(key.block)
+            .is_some_and(|e| e.version >= version)
+        {
+            let before = layer.tombstones.len();
+            layer.tombstones.punch(key.block);
+            self.tombstones = self.tombstones + layer.tombstones.len() as u64 - before as u64;
+        }
+    }
+
+    /// A Redirect record takes effect.
+    pub(super) fn apply_redirect(
+        &mut self,
+        key: PageKey,
+        entry: Overlay,
+        physical: u32,
+        checksums: &[u32],
+        allocator: &mut Allocator,
+    ) {
+        for (i, checksum) in checksums.iter().enumerate() {
+            let block = key.block(i as u8);
+            self.put(
+                block,
+                Overlay {
+                    checksum: *checksum,
+                    ..entry
+                },
+            );
+            self.uncover(block, entry.version);
+        }
+        if let Some(r) = self.pages.get_mut(&key) {
+            r.redirect = physical;
+            if std::mem::take(&mut r.reserved) {
+                allocator.unreserve();
+            }
+        }
+    }
+
+    /// An Erase record takes effect on one block.
+    pub(super) fn apply_erase(&mut self, key: BlockKey, batch: u64) {
+        let entry = Overlay {
+            batch,
+            version: Version::ZERO,
+            checksum: 0,
+            place: Place::Erased,
+        };
+        self.put(key, entry);
+        self.uncover(key, Version::ZERO);
+    }
+
+    /// A Trim record takes effect. Log entries that it beats become erasures: they go on hiding a home
+    /// block whose version may be higher (R7 can lower versions).
+    pub(super) fn apply_trim(
+        &mut self,
+        slot: u32,
+        range: ashlar_proto::ids::BlockRange,
+        layer: SnapshotNumber,
+        version: Version,
+        batch: u64,
+    ) {
+        let Some(replica) = self.replicas[slot as usize].as_deref_mut() else {
+            return;
+        };
+        let tombstones = &mut replica
+            .note(range.chunk.0, version)
+            .layer_mut(layer.0)
+            .tombstones;
+        let before = tombstones.len() as u64;
+        tombstones.insert(range.first, range.end(), version, batch);
+        self.tombstones = self.tombstones + tombstones.len() as u64 - before;
+        let mut block = range.first;
+        while block < range.end() {
+            let key = BlockKey {
+                slot,
+                chunk: range.chunk.0,
+                layer: layer.0,
+                block,
+            };
+            let page_end = (block / BLOCKS_PER_PAGE as u16 + 1) * BLOCKS_PER_PAGE as u16;
+            let end = page_end.min(range.end());
+            if self.pages.contains_key(&key.page()) {
+                for block in block..end {
+                    let key = BlockKey { block, ..key };
+                    if let Some(o) = self.overlay.get_mut(&key)
+                        && o.version < version
+                        && o.place != Place::Erased
+                    {
+                        *o = Overlay {
+                            batch,
+                            version: Version::ZERO,
+                            checksum: 0,
+                            place: Place::Erased,
+                        };
+                    }
+                }
+            }
+            block = end;
+        }
+    }
+
+    /// Drops an overlay entry whose state is home now, if it is still the one of `batch`.
+    pub(super) fn retire(&mut self, key: BlockKey, batch: u64, allocator: &mut Allocator) {
+        if self.overlay.get(&key).is_none_or(|o| o.batch != batch) {
+            return;
+        }
+        self.overlay.remove(&key);
+        if let Some(r) = self.pages.get_mut(&key.page()) {
+            r.entries -= 1;
+            if r.entries == 0 {
+                if r.reserved {
+                    allocator.unreserve();
+                }
+                self.pages.remove(&key.page());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_table_keeps_order() {
+        let mut t = PageTable::default();
+        assert_eq!(t.set(63, 1), None);
+        assert_eq!(t.set(0, 2), None);
+        assert_eq!(t.set(7, 3), None);
+        assert_eq!(t.set(7, 4), Some(3));
+        assert_eq!(t.iter().collect::<Vec<_>>(), vec![(0, 2), (7, 4), (63, 1)]);
+        assert_eq!(t.remove(0), Some(2));
+        assert_eq!((t.get(0), t.get(7), t.get(63)), (None, Some(4), Some(1)));
+    }
+}
