@@ -3,7 +3,14 @@
 //! Layers, each knowing only those before it: `format` (bytes), `store` (one disk), `engine`
 //! (replicas: fencing, admission, rebuild), then the threads and services around them.
 
+pub mod config;
+pub mod daemon;
 pub mod engine;
+pub mod error;
 pub mod format;
+pub mod inspect;
 pub mod metrics;
+pub mod node;
+pub mod offline;
+pub mod rpc;
 pub mod store;

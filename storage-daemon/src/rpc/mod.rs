@@ -1,0 +1,10 @@
+//! The daemon's control plane: its own administration service, and its dealings with the metadata
+//! cluster. Nothing here is on the path of data.
+
+mod admin;
+mod metadata;
+mod registration;
+
+pub use self::admin::AdminService;
+pub use self::metadata::MetadataAccess;
+pub use self::registration::run as register_and_report;

@@ -1,0 +1,199 @@
+//! Tells the metadata cluster who this node is, which disks it serves, and how they fare; carries out
+//! what comes back.
+//!
+//! Invariants:
+//! - Node and disks are registered before they are reported, and again whenever an address or an
+//!   incarnation changed or the cluster does not know the node.
+//! - A replica is dropped only if its fence is not above the epoch that the order names.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ashlar_proto::ids::{DiskId, Epoch, VolumeId};
+use ashlar_proto::rpc::metadata::{
+    DiskStatus, DropReplica, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
+};
+use tonic::{Code, Status};
+
+use crate::daemon::{Daemon, DiskReport};
+use crate::engine::{AdminReply, AdminRequest};
+
+/// Between heartbeats, until the cluster says otherwise.
+const INTERVAL_DEFAULT: Duration = Duration::from_millis(500);
+/// Bounds of what the cluster may say.
+const INTERVAL_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
+/// After a refusal that only an operator can end.
+const REFUSED_PAUSE: Duration = Duration::from_secs(5);
+
+/// What was registered of a disk.
+#[derive(PartialEq, Eq)]
+struct Registered {
+    address: String,
+    incarnation: u64,
+    capacity_bytes: u64,
+}
+
+/// Registers and reports until the daemon ends.
+pub async fn run(daemon: Arc<Daemon>) {
+    let mut node_known = false;
+    let mut disks = BTreeMap::<DiskId, Registered>::new();
+    let mut interval = INTERVAL_DEFAULT;
+    loop {
+        match round(&daemon, &mut node_known, &mut disks).await {
+            Ok(Some(wanted)) => interval = wanted.clamp(INTERVAL_BOUNDS.0, INTERVAL_BOUNDS.1),
+            Ok(None) => {}
+            Err(status) if super::metadata::is_about_the_member(&status) => {
+                tracing::debug!(%status, "no metadata member answers");
+            }
+            Err(status) => {
+                tracing::error!(%status, node = daemon.config().node_name,
+                    "the metadata cluster refuses this node; see its message");
+                tokio::time::sleep(REFUSED_PAUSE).await;
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            () = daemon.changed() => {}
+        }
+    }
+}
+
+async fn round(
+    daemon: &Arc<Daemon>,
+    node_known: &mut bool,
+    disks: &mut BTreeMap<DiskId, Registered>,
+) -> Result<Option<Duration>, Status> {
+    if !*node_known {
+        register_node(daemon).await?;
+        *node_known = true;
+        disks.clear();
+    }
+    let reports = daemon.reports().await;
+    for report in &reports {
+        let wanted = Registered {
+            address: report.address.clone(),
+            incarnation: report.incarnation,
+            capacity_bytes: report.status.store.capacity_bytes,
+        };
+        if report.failure.is_none() && disks.get(&report.disk) != Some(&wanted) {
+            register_disk(daemon, report).await?;
+            disks.insert(report.disk, wanted);
+        }
+    }
+    let request = HeartbeatRequest {
+        node_id: daemon.node().to_vec(),
+        // A disk that failed was registered by an earlier run, if ever.
+        disks: reports
+            .iter()
+            .filter(|r| r.failure.is_some() || disks.contains_key(&r.disk))
+            .map(disk_status)
+            .collect(),
+    };
+    let heartbeat = daemon
+        .metadata()
+        .call(|mut client| {
+            let request = request.clone();
+            async move { client.heartbeat(request).await }
+        })
+        .await;
+    let response = match heartbeat {
+        Err(status) if status.code() == Code::NotFound => {
+            *node_known = false;
+            return Ok(None);
+        }
+        other => other?,
+    };
+    if !response.known {
+        *node_known = false;
+    }
+    for order in response.drop {
+        drop_replica(daemon, &order).await;
+    }
+    let wanted = Duration::from_millis(u64::from(response.interval_ms));
+    Ok((response.interval_ms > 0).then_some(wanted))
+}
+
+async fn register_node(daemon: &Daemon) -> Result<(), Status> {
+    let config = daemon.config();
+    let request = RegisterNodeRequest {
+        request_id: request_id(),
+        node_id: daemon.node().to_vec(),
+        name: config.node_name.clone(),
+        labels: config.labels.clone().into_iter().collect(),
+        admin_address: config.advertised(daemon.admin_address()).to_string(),
+    };
+    daemon
+        .metadata()
+        .call(|mut client| {
+            let request = request.clone();
+            async move { client.register_node(request).await }
+        })
+        .await?;
+    tracing::info!(node = %daemon.node(), name = config.node_name, "registered this node");
+    Ok(())
+}
+
+async fn register_disk(daemon: &Daemon, report: &DiskReport) -> Result<(), Status> {
+    let request = RegisterDiskRequest {
+        request_id: request_id(),
+        disk_id: report.disk.to_vec(),
+        node_id: daemon.node().to_vec(),
+        path: report.path.display().to_string(),
+        data_address: report.address.clone(),
+        capacity_bytes: report.status.store.capacity_bytes,
+        incarnation: report.incarnation,
+        labels: report.labels.clone().into_iter().collect(),
+    };
+    daemon
+        .metadata()
+        .call(|mut client| {
+            let request = request.clone();
+            async move { client.register_disk(request).await }
+        })
+        .await?;
+    tracing::info!(disk = %report.disk, address = report.address, "registered a disk");
+    Ok(())
+}
+
+fn disk_status(report: &DiskReport) -> DiskStatus {
+    DiskStatus {
+        disk_id: report.disk.to_vec(),
+        used_bytes: report.status.store.used_bytes,
+        capacity_bytes: report.status.store.capacity_bytes,
+        incarnation: report.incarnation,
+        failed: report.failure.is_some(),
+        error: report.failure.clone().unwrap_or_default(),
+        volumes: report
+            .status
+            .volumes
+            .iter()
+            .map(|(volume, _)| volume.to_vec())
+            .collect(),
+    }
+}
+
+async fn drop_replica(daemon: &Daemon, order: &DropReplica) {
+    let (Some(disk), Some(volume)) = (
+        DiskId::from_slice(&order.disk_id),
+        VolumeId::from_slice(&order.volume_id),
+    ) else {
+        tracing::warn!("the metadata cluster orders to drop a replica without naming it");
+        return;
+    };
+    let request = AdminRequest::DropReplica {
+        volume,
+        epoch: Epoch(order.epoch),
+    };
+    match daemon.admin(disk, request).await {
+        Ok(AdminReply::Dropped) => {
+            tracing::info!(%volume, %disk, "dropped a replica that is no longer needed")
+        }
+        Ok(reply) => tracing::debug!(%volume, %disk, ?reply, "a replica is not dropped now"),
+        Err(error) => tracing::debug!(%volume, %disk, %error, "a replica cannot be dropped"),
+    }
+}
+
+fn request_id() -> Vec<u8> {
+    ashlar_platform::random::bytes::<16>().to_vec()
+}
