@@ -47,6 +47,7 @@ fn main() -> ExitCode {
     let backend = match args.store.as_deref() {
         None => None,
         Some("memory") => Some(Backend::Memory),
+        Some("disk") => Some(Backend::Disk),
         Some(other) => {
             eprintln!("--store {other}: it must be memory or disk");
             return ExitCode::from(2);

@@ -6,7 +6,7 @@
 //! - True time only moves forward. Engines see only their own process's clock.
 //! - A frozen process executes nothing; what arrives for it waits, as in its kernel's buffers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_platform::clock::Time;
 use ashlar_platform::disk::DiskCompletion;
@@ -151,6 +151,8 @@ pub struct Cluster {
     /// Everything was flushed and nothing written since: losses take nothing.
     pub(super) everything_durable: bool,
     pub(super) audit_replies: Vec<Reply>,
+    /// Blocks (chunk, layer, block) that an audit found damaged somewhere.
+    pub(super) bad_blocks: BTreeSet<(u32, u32, u16)>,
     /// Audits so far.
     pub(super) audits: u64,
     rounds: u64,
@@ -191,6 +193,7 @@ impl Cluster {
             total_loss: None,
             everything_durable: false,
             audit_replies: Vec::new(),
+            bad_blocks: BTreeSet::new(),
             audits: 0,
             rounds: 0,
             history: History::default(),
@@ -799,8 +802,9 @@ impl Cluster {
 
     /// Starts a client process that opens the volume.
     pub(super) fn new_client(&mut self, force: bool) {
-        self.newest = (self.newest + 1).max(FIRST_CLIENT);
-        let host = self.newest;
+        let last = self.clients.keys().next_back();
+        let host = last.map_or(FIRST_CLIENT, |last| last + 1);
+        self.newest = host;
         #[cfg_attr(
             not(feature = "planted-bugs"),
             expect(unused_mut, reason = "a planted bug goes in")

@@ -355,6 +355,21 @@ impl Cluster {
         }
     }
 
+    /// Openers race and answers get lost: whoever was granted the volume last is the client to look at.
+    /// If nobody is left, one more opens it.
+    pub(super) fn follow_holder(&mut self) {
+        let holder = self.metadata.volume().holder.as_ref().map(|h| h.client);
+        let granted = self
+            .clients
+            .values()
+            .find(|c| Some(c.id) == holder && c.runs());
+        if let Some(client) = granted {
+            self.newest = client.host;
+        } else if !self.clients.values().any(|c| c.runs()) {
+            self.new_client(true);
+        }
+    }
+
     /// The whole cluster loses power and starts again, and a new client takes over.
     pub(super) fn power_cycle(&mut self) {
         self.note(|| "POWER CYCLE".to_owned());

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
+use std::time::Duration;
 
 use ashlar_platform::clock::Time;
 use ashlar_platform::sim::{
@@ -13,17 +14,22 @@ use ashlar_proto::wire::Request;
 use storage_daemon::engine::{
     ChunkStore, ConnectionId, DiskEngine, EngineCommand, EngineEvent, PeerId,
 };
-use storage_daemon::store::StoreIdentity;
+use storage_daemon::store::{FormatOptions, Store, StoreConfig, StoreIdentity};
 
 use super::frame::Frame;
 use super::memory_store::{Media, MemoryStore};
 use super::metadata::{CLUSTER, disk_id};
+
+/// A log that wraps around within a run.
+const LOG_BYTES_SMALL: u64 = 1 << 20;
 
 /// Which chunk store the nodes run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backend {
     /// The reference store: simple, in memory.
     Memory,
+    /// The real chunk store, on the simulated disk.
+    Disk,
 }
 
 /// What a node does at the moment.
@@ -97,7 +103,7 @@ impl Node {
     /// A node that is down, with a formatted disk.
     pub fn new(number: u32, backend: Backend, mut rng: Rng) -> Self {
         let config = SimDiskConfig::with_size(256 << 20);
-        let disk = SimDisk::new(config, rng.fork(1));
+        let mut disk = SimDisk::new(config, rng.fork(1));
         let identity = StoreIdentity {
             cluster: CLUSTER,
             disk: disk_id(number),
@@ -106,6 +112,9 @@ impl Node {
             damaged: false,
             bad_blocks: 0,
         };
+        if backend == Backend::Disk {
+            format(&mut disk, &identity, &mut rng);
+        }
         let drift = rng.between(0, 400) as i32 - 200;
         Self {
             number,
@@ -128,13 +137,19 @@ impl Node {
     }
 
     /// Starts the process.
-    pub fn start(&mut self, _now: Time) {
+    pub fn start(&mut self, now: Time) {
         self.state = NodeState::Up;
         self.generation += 1;
         self.failed = false;
         self.engine = Some(match self.backend {
             Backend::Memory => {
                 Box::new(DiskEngine::new(MemoryStore::open(self.media.clone()))) as Box<dyn Engine>
+            }
+            Backend::Disk => {
+                let mut boot = [0xb0; 16];
+                boot[8..].copy_from_slice(&self.boots.to_be_bytes());
+                let (size, now) = (self.disk.size_bytes(), self.clock.local(now));
+                Box::new(DiskEngine::new(Store::open(small_store(), size, boot, now)))
             }
         });
     }
@@ -185,5 +200,34 @@ impl Node {
             .into_iter()
             .flatten()
             .min()
+    }
+}
+
+/// Small bounds, so that runs of a few hundred requests reach them.
+fn small_store() -> StoreConfig {
+    StoreConfig {
+        cache_bytes: 64 << 10,
+        batches_in_flight_max: 3,
+        batch_bytes_max: 64 << 10,
+        write_back_burst_bytes: 128 << 10,
+        idle_write_back: Duration::from_millis(400),
+        ..StoreConfig::default()
+    }
+}
+
+fn format(disk: &mut SimDisk, identity: &StoreIdentity, rng: &mut Rng) {
+    let options = FormatOptions {
+        cluster: identity.cluster,
+        disk: identity.disk,
+        size_bytes: disk.size_bytes(),
+        incarnation: identity.incarnation,
+        log_bytes: rng.coin().then_some(LOG_BYTES_SMALL),
+        replica_slots: Some(4),
+    };
+    match Store::format_plan(&options) {
+        Ok(plan) => plan
+            .iter()
+            .for_each(|(offset, data)| disk.poke(*offset, data)),
+        Err(error) => panic!("a simulated disk cannot be formatted: {error}"),
     }
 }
