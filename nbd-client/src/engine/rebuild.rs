@@ -237,6 +237,10 @@ impl Session {
             PullState::None | PullState::Failed | PullState::Running | PullState::Complete => {
                 target.phase = TargetPhase::Draining;
                 target.next_at = now.after(RESTART_PAUSE);
+                // The source may have gone or changed its life, and an idle client would not hear of it.
+                for source in self.groups[g].in_sync.iter() {
+                    self.ping(source);
+                }
             }
         }
         self.stats.rebuild_blocks_moved += moved;
