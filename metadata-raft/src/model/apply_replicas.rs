@@ -6,10 +6,7 @@
 //! |------------|--------|-----------------|--------|
 //! | Stale      | -      | holder, planner | no     |
 //! | Rebuilding | holder, open | -         | holder |
-//! | InSync     | holder, never the group's last | no | holder: records the incarnation |
-//!
-//! The first holder of a volume records the incarnation of every in-sync replica once it has made them, and
-//! serves only then: `opened_once` says that they exist. Until then any opener may make them.
+//! | InSync     | holder, never the group's last | no | - |
 
 use std::sync::Arc;
 
@@ -60,9 +57,6 @@ impl State {
             return applied(volume);
         }
         let dropped = finish_moves(&mut next);
-        next.opened_once |= next
-            .all_replicas()
-            .all(|(_, r)| r.state != ReplicaState::InSync || r.incarnation.0 != 0);
         if next
             .groups
             .iter()
@@ -222,12 +216,7 @@ fn change_one(volume: &mut Volume, change: &ReplicaChange) -> Result<bool, Strin
     match (from, change.state) {
         (ReplicaState::Stale, ReplicaState::Stale)
         | (ReplicaState::Rebuilding, ReplicaState::Rebuilding) => return Ok(false),
-        (ReplicaState::InSync, ReplicaState::InSync) => {
-            if change.incarnation.0 == 0 || change.incarnation == replica.incarnation {
-                return Ok(false);
-            }
-            replica.incarnation = change.incarnation;
-        }
+        (ReplicaState::InSync, ReplicaState::InSync) => return Ok(false),
         (_, ReplicaState::Stale) => replica.rebuild_epoch = Epoch(0),
         // `bump_epoch` sets the rebuild epoch.
         (ReplicaState::Stale, ReplicaState::Rebuilding) => {}
