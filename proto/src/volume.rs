@@ -53,7 +53,7 @@ pub struct VolumeView {
     pub epoch: Epoch,
     /// The client that holds the volume.
     pub holder: Option<ClientId>,
-    /// Some holder was ever granted.
+    /// A holder made the replicas and recorded their incarnations: data may exist.
     pub opened_once: bool,
     /// Number that new writes carry.
     pub snapshot: SnapshotNumber,

@@ -6,7 +6,10 @@
 //! |------------|--------|-----------------|--------|
 //! | Stale      | -      | holder, planner | no     |
 //! | Rebuilding | holder, open | -         | holder |
-//! | InSync     | holder, never the group's last | no | - |
+//! | InSync     | holder, never the group's last | no | holder: records the incarnation |
+//!
+//! The first holder of a volume records the incarnation of every in-sync replica once it has made them, and
+//! serves only then: `opened_once` says that they exist. Until then any opener may make them.
 
 use std::sync::Arc;
 
@@ -57,6 +60,10 @@ impl State {
             return applied(volume);
         }
         let dropped = finish_moves(&mut next);
+        let made = next
+            .all_replicas()
+            .all(|(_, r)| r.state != ReplicaState::InSync || r.incarnation.0 != 0);
+        next.opened_once |= made;
         if next
             .groups
             .iter()
@@ -216,7 +223,12 @@ fn change_one(volume: &mut Volume, change: &ReplicaChange) -> Result<bool, Strin
     match (from, change.state) {
         (ReplicaState::Stale, ReplicaState::Stale)
         | (ReplicaState::Rebuilding, ReplicaState::Rebuilding) => return Ok(false),
-        (ReplicaState::InSync, ReplicaState::InSync) => return Ok(false),
+        (ReplicaState::InSync, ReplicaState::InSync) => {
+            if change.incarnation.0 == 0 || change.incarnation == replica.incarnation {
+                return Ok(false);
+            }
+            replica.incarnation = change.incarnation;
+        }
         (_, ReplicaState::Stale) => replica.rebuild_epoch = Epoch(0),
         // `bump_epoch` sets the rebuild epoch.
         (ReplicaState::Stale, ReplicaState::Rebuilding) => {}

@@ -229,7 +229,6 @@ impl State {
             epoch: next.epoch,
         });
         next.clean = false;
-        next.opened_once = true;
         Ok(Answer::Opened {
             volume: self.install(next)?,
             previous_clean,

@@ -94,10 +94,6 @@ fn check_volume(volume: &Volume) -> Check {
         !(volume.clean && volume.holder.is_some()),
         "an attached volume is not clean",
     )?;
-    require(
-        volume.holder.is_none() || volume.opened_once,
-        "a holder has opened the volume",
-    )?;
     if let Some(holder) = &volume.holder {
         require(
             holder.epoch <= volume.epoch && holder.epoch.0 > 0,

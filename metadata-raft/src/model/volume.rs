@@ -99,7 +99,7 @@ pub struct Volume {
     pub holder: Option<Attachment>,
     /// The last close was clean (R2); true before the first open.
     pub clean: bool,
-    /// Some holder was ever granted.
+    /// A holder made the replicas and recorded their incarnations: data may exist.
     pub opened_once: bool,
     /// Number that new writes carry.
     pub snapshot: SnapshotNumber,

@@ -122,8 +122,8 @@ pub enum SessionEvent {
         view: Box<VolumeView>,
         /// The last close was clean: neither reconcile nor lease wait.
         previous_clean: bool,
-        /// No holder was ever granted before this one (`opened_once` was false before this client's
-        /// first attempt to open): replicas that do not exist yet are created.
+        /// No holder has made the replicas yet (`opened_once` was false before this client's first
+        /// attempt to open): those that do not exist are created.
         first_open: bool,
     },
     /// Answer to [`MetadataRequest::Open`]: not granted, for good (no such volume, held by another

@@ -7,9 +7,11 @@
 //! - A close is clean only when nothing is in flight and a flush covered every write.
 
 use ashlar_platform::clock::Time;
+use ashlar_proto::ids::{GroupIndex, ReplicaState};
 use ashlar_proto::volume::VolumeView;
 
-use super::api::{MetadataRequest, PlantedBug, SessionCommand, StopReason};
+use super::api::{MetadataRequest, PlantedBug, ReplicaChange, SessionCommand, StopReason};
+use super::exclude::Change;
 use super::replica::Link;
 use super::session::{Phase, Session};
 use super::slots::{PeerSet, Window};
@@ -79,9 +81,32 @@ impl Session {
         let waited = self
             .lease_wait_until()
             .is_none_or(|until| self.now >= until);
-        if configured && waited {
+        if !configured || !waited {
+            return;
+        }
+        if self.first_open && !self.view.opened_once {
+            self.confirm_creation();
+        } else {
             self.serve();
         }
+    }
+
+    /// The replicas of a new volume exist: metadata records their lives before anything is served, so that
+    /// a missing replica means "to be made" before, and "lost" ever after.
+    fn confirm_creation(&mut self) {
+        if !matches!(self.change, Change::Idle) || self.now < self.change_pause {
+            return;
+        }
+        let mut changes = Vec::new();
+        for (g, group) in self.groups.iter().enumerate() {
+            changes.extend(group.in_sync.iter().map(|p| ReplicaChange {
+                group: GroupIndex(g as u32),
+                disk: self.peers[p as usize].disk,
+                state: ReplicaState::InSync,
+                incarnation: self.peers[p as usize].incarnation,
+            }));
+        }
+        self.ask_change(changes);
     }
 
     fn lease_wait_until(&self) -> Option<Time> {
@@ -146,7 +171,7 @@ impl Session {
             self.start_flush();
             return;
         }
-        if matches!(self.change, super::exclude::Change::Asked)
+        if matches!(self.change, Change::Asked)
             || self
                 .groups
                 .iter()

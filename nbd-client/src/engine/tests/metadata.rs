@@ -17,7 +17,6 @@ impl World {
                 let first_open = !self.view.opened_once;
                 let previous_clean = self.clean;
                 self.clean = false;
-                self.view.opened_once = true;
                 self.view.holder = Some(id);
                 for replica in self.view.groups.iter_mut().flatten() {
                     if replica.state == ReplicaState::Rebuilding {
@@ -92,15 +91,21 @@ impl World {
             let Some(replica) = group.iter_mut().find(|r| r.disk == change.disk) else {
                 return false;
             };
-            if change.state == ReplicaState::InSync && replica.state != ReplicaState::Rebuilding {
+            if change.state == ReplicaState::InSync && replica.state == ReplicaState::Stale {
                 return false;
             }
             replica.state = change.state;
+            if change.state == ReplicaState::InSync {
+                replica.incarnation = change.incarnation;
+            }
             if !group.iter().any(|r| r.state == ReplicaState::InSync) {
                 return false;
             }
         }
         self.view.groups = groups;
+        let mut replicas = self.view.groups.iter().flatten();
+        self.view.opened_once |=
+            replicas.all(|r| r.state != ReplicaState::InSync || r.incarnation.0 != 0);
         self.bump();
         self.notify();
         true
