@@ -107,6 +107,11 @@ impl FakeStore {
         }
     }
 
+    /// Lets one held request be carried out at the next tick, out of order.
+    pub fn release_one(&mut self, index: usize) {
+        self.released.extend(self.held.remove(index));
+    }
+
     fn entry(at: Cursor, stored: &Stored) -> Entry {
         let checksum = if stored.state == BlockState::Data {
             crc32c::crc32c(&stored.data)

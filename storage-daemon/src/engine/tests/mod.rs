@@ -5,6 +5,7 @@ mod fake;
 mod fencing;
 mod pull;
 mod service;
+mod simulated;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::descriptor::VolumeDescriptor;
