@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ashlar_proto::ids::DiskId;
+use ashlar_proto::rpc::metadata as pb;
 use ashlar_proto::rpc::metadata::metadata_client::MetadataClient;
 use openraft::ReadPolicy;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
@@ -163,6 +164,34 @@ impl Member {
         }
     }
 
+    /// Members as the leader sees them, after a majority has confirmed it.
+    pub(super) async fn confirmed_cluster(
+        &self,
+        request: Request<pb::GetClusterRequest>,
+    ) -> Result<pb::Cluster, Status> {
+        let local = |_| async {
+            self.linearize().await?;
+            Ok(self.cluster())
+        };
+        let remote = |mut c: MetadataClient<Channel>, r| async move { c.get_cluster(r).await };
+        self.route(request, local, remote)
+            .await
+            .map(Response::into_inner)
+    }
+
+    /// Returns when this member has applied everything that was committed before the call.
+    pub(super) async fn catch_up(&self) -> Result<(), Status> {
+        let confirmed = self
+            .confirmed_cluster(Request::new(pb::GetClusterRequest {}))
+            .await?;
+        self.raft
+            .wait(Some(ATTEMPT_DEADLINE))
+            .applied_index_at_least(Some(confirmed.last_applied), "catch up")
+            .await
+            .map_err(|_| Status::unavailable("this member lags behind; ask another one"))?;
+        Ok(())
+    }
+
     fn client(&self, address: &str) -> Result<MetadataClient<Channel>, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
@@ -207,7 +236,7 @@ impl Member {
         Local: Future<Output = Result<Rep, Fault>>,
         Remote: Future<Output = Result<Response<Rep>, Status>>,
     {
-        let forwarded = request.metadata().contains_key(FORWARDED);
+        let forwarded = is_forwarded(&request);
         let message = request.into_inner();
         let deadline = Instant::now() + ROUTE_DEADLINE.max(attempt);
         let mut role = self.role.clone();
@@ -251,6 +280,11 @@ impl Member {
             let _ = tokio::time::timeout(RETRY_PAUSE, role.changed()).await;
         }
     }
+}
+
+/// Whether another member has forwarded a request.
+pub(super) fn is_forwarded<T>(request: &Request<T>) -> bool {
+    request.metadata().contains_key(FORWARDED)
 }
 
 fn no_majority() -> Status {

@@ -24,7 +24,12 @@ macro_rules! routed {
         impl Metadata for Service {
             type WatchVolumesStream = EventStream;
 
-            async fn get_cluster(&self, _: Request<pb::GetClusterRequest>) -> Reply<pb::Cluster> {
+            async fn get_cluster(&self, request: Request<pb::GetClusterRequest>) -> Reply<pb::Cluster> {
+                // From another member it asks how far the leader has applied; from anybody else it must
+                // be answered without a leader, too.
+                if super::member::is_forwarded(&request) {
+                    return self.0.confirmed_cluster(request).await.map(Response::new);
+                }
                 Ok(Response::new(self.0.cluster()))
             }
 

@@ -487,6 +487,26 @@ async fn a_watch_tells_every_change() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_at_a_follower_never_calls_a_new_volume_deleted() {
+    let cluster = Cluster::start(3).await;
+    cluster.populate().await;
+    let mut leader = cluster.client(cluster.leader().await);
+    let mut follower = cluster.client(cluster.follower().await);
+    for i in 0..30 {
+        let volume_ids = vec![
+            create(&mut leader, &format!("v{i}"))
+                .await
+                .unwrap()
+                .volume_id,
+        ];
+        let watch = pb::WatchVolumesRequest { volume_ids };
+        let mut events = follower.watch_volumes(watch).await.unwrap().into_inner();
+        let first = events.message().await.unwrap().unwrap();
+        assert!(!first.deleted && first.disks.len() == 3, "volume {i}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_replica_is_rebuilt_when_its_disk_is_heard_of() {
     let cluster = Cluster::start(1).await;
     cluster.populate().await;

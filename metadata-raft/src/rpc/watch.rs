@@ -1,6 +1,7 @@
 //! WatchVolumes: the current state, then every change, from the state that this member has applied.
 //!
-//! Invariants: an event is sent only if the volume's revision or an endpoint differs from what was sent
+//! Invariants: the first state contains everything committed before the watch began (the leader confirms
+//! how far that is); an event is sent only if the volume's revision or an endpoint differs from what was sent
 //! last; a watcher that falls behind is brought up to date from the state, nothing queues without bound;
 //! the stream ends with UNAVAILABLE when the member loses touch with the leader or stops.
 
@@ -93,6 +94,8 @@ impl Watcher {
         if !matches!(started, Ok(Ok(()))) {
             return Err(out_of_touch());
         }
+        // A follower that has not applied a volume yet would call it deleted.
+        self.member.catch_up().await?;
         if !self.send_all().await {
             return Ok(());
         }
