@@ -143,6 +143,7 @@ fn start_logging(filter: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter).context("--log is no filter")?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     Ok(())
@@ -161,7 +162,7 @@ fn format(arguments: &Format) -> anyhow::Result<()> {
         "formatted {} as disk {}: {} MiB for data, {} MiB of log, {} replicas at most",
         arguments.disk.display(),
         superblock.disk,
-        u64::from(geometry.page_count) * ashlar_proto::ids::PAGE_SIZE as u64 >> 20,
+        (u64::from(geometry.page_count) * ashlar_proto::ids::PAGE_SIZE as u64) >> 20,
         geometry.log_bytes >> 20,
         geometry.slot_count,
     );
