@@ -146,6 +146,8 @@ pub struct Cluster {
     pub(super) errors_allowed: bool,
     /// In-sync replicas that lost power since, by (group, node), and when.
     pub(super) lossy: BTreeMap<(usize, u32), Time>,
+    /// Nodes of the in-sync replicas of each group, as of the last change.
+    pub(super) in_sync: Vec<BTreeSet<u32>>,
     /// Every in-sync replica of some group lost power at about this time, and nobody repaired it yet.
     pub(super) total_loss: Option<Time>,
     /// Everything was flushed and nothing written since: losses take nothing.
@@ -190,6 +192,7 @@ impl Cluster {
             loading: true,
             errors_allowed: false,
             lossy: BTreeMap::new(),
+            in_sync: Vec::new(),
             total_loss: None,
             everything_durable: false,
             audit_replies: Vec::new(),
@@ -621,12 +624,7 @@ impl Cluster {
             .collect();
         let (epoch, holder) = (volume.epoch, volume.holder.as_ref().map(|h| h.client));
         self.note(|| format!("metadata: epoch {} holder {holder:?} {summary:?}", epoch.0));
-        self.lossy.retain(|(group, node), _| {
-            summary.get(*group).is_some_and(|g| {
-                g.iter()
-                    .any(|(n, s)| u32::from(*n) == *node && *s == ReplicaState::InSync)
-            })
-        });
+        self.forget_excluded(&summary);
         self.look_for_total_loss();
         let clients: Vec<u32> = self
             .clients
@@ -637,6 +635,30 @@ impl Cluster {
         for client in clients {
             let delay = self.rng.between(MS / 10, 5 * MS);
             self.timer(delay, Timer::Watch { client });
+        }
+    }
+
+    /// Lossy replicas that are not in sync any more do not count. An exclusion alone never makes a loss
+    /// total: R4 flushes a replica that remains first.
+    fn forget_excluded(&mut self, summary: &[Vec<(u8, ReplicaState)>]) {
+        let lossy_before: Vec<bool> = self
+            .in_sync
+            .iter()
+            .enumerate()
+            .map(|(g, nodes)| nodes.iter().all(|n| self.lossy.contains_key(&(g, *n))))
+            .collect();
+        self.in_sync = summary
+            .iter()
+            .map(|group| {
+                let in_sync = group.iter().filter(|(_, s)| *s == ReplicaState::InSync);
+                in_sync.map(|(n, _)| u32::from(*n)).collect()
+            })
+            .collect();
+        for (g, nodes) in self.in_sync.iter().enumerate() {
+            let all = nodes.iter().all(|n| self.lossy.contains_key(&(g, *n)));
+            let excluded_only = all && lossy_before.get(g) == Some(&false);
+            self.lossy
+                .retain(|(group, node), _| *group != g || (nodes.contains(node) && !excluded_only));
         }
     }
 
@@ -1128,8 +1150,11 @@ impl Cluster {
             Ok(_) => {
                 operation.outcome = Outcome::Done(now);
                 let start = operation.start;
-                if kind == Kind::Flush && self.total_loss.is_some_and(|loss| loss < start) {
-                    // The living client replayed what was lost: nothing is gone.
+                let holder = self.metadata.volume().holder.as_ref().map(|h| h.client);
+                let holds = self.clients.get(&host).map(|c| c.id) == holder;
+                if kind == Kind::Flush && holds && self.total_loss.is_some_and(|loss| loss < start)
+                {
+                    // The living holder replayed what was lost: nothing is gone.
                     self.total_loss = None;
                     self.lossy.clear();
                 }

@@ -123,6 +123,26 @@ impl Cluster {
                 }
             }
             Fault::Takeover => self.new_client(true),
+            Fault::Split {
+                node,
+                takeover_after,
+                duration,
+            } => {
+                let client = self.newest;
+                let mut routes = self.routes_of(client);
+                routes.extend(self.routes_of(node));
+                // Also the client that is to come.
+                let next = self
+                    .clients
+                    .keys()
+                    .next_back()
+                    .map_or(client, |last| last + 1);
+                routes.extend([(node, next), (next, node)]);
+                let together = [(client, node), (node, client)];
+                routes.retain(|route| !together.contains(route));
+                self.cut(routes, duration);
+                self.timer(takeover_after, Timer::NewClient { force: true });
+            }
             Fault::Handover => {
                 let host = self.newest;
                 if let Some(client) = self.clients.get_mut(&host)

@@ -16,7 +16,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::history::{History, Kind, Operation, OperationId, Outcome, SECTORS_PER_BLOCK, Value};
+use super::history::{History, Kind, Operation, OperationId, SECTORS_PER_BLOCK, Value};
 
 /// A rule that a history breaks.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -355,7 +355,7 @@ impl<'a> Register<'a> {
                 let durable = if op.fua {
                     done.0
                 } else {
-                    self.flushed_at(done.0)
+                    self.flushed_at(op.client, done.0)
                 };
                 self.history.rollbacks.iter().any(|rollback| {
                     op.start.0 <= rollback.until.0
@@ -365,19 +365,21 @@ impl<'a> Register<'a> {
             })
     }
 
-    /// End of the first successful flush that started after a time.
-    fn flushed_at(&self, acknowledged: u64) -> u64 {
-        let flushes = self
-            .history
-            .operations
-            .iter()
-            .filter(|op| op.kind == Kind::Flush);
-        let ends = flushes
-            .filter(|op| op.start.0 >= acknowledged)
-            .filter_map(|op| match op.outcome {
-                Outcome::Done(time) => Some(time.0),
-                Outcome::Pending | Outcome::Failed(_) => None,
-            });
+    /// End of the first successful flush that covers a write: it started after the write's answer, and
+    /// its client made the write or began to serve after it. (A zombie's flush says nothing of others.)
+    fn flushed_at(&self, client: u32, acknowledged: u64) -> u64 {
+        let serving_since = |client: u32| {
+            let begun = self.history.serving.iter().find(|(c, _)| *c == client);
+            begun.map_or(u64::MAX, |(_, time)| time.0)
+        };
+        let flushes = self.history.operations.iter().filter(|op| {
+            op.kind == Kind::Flush
+                && op.start.0 >= acknowledged
+                && (op.client == client
+                    || (serving_since(op.client) >= acknowledged
+                        && serving_since(op.client) < op.start.0))
+        });
+        let ends = flushes.filter_map(|op| op.done().map(|time| time.0));
         ends.min().unwrap_or(u64::MAX)
     }
 }

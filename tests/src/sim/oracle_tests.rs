@@ -3,7 +3,7 @@
 use ashlar_platform::clock::Time;
 use ashlar_platform::sim::Rng;
 
-use super::super::history::{Rollback, Value};
+use super::super::history::{Outcome, Rollback, Value};
 use super::*;
 
 /// A history of one sector in a few words.

@@ -62,6 +62,13 @@ pub enum Fault {
     Takeover,
     /// The client closes the volume and another one opens it.
     Handover,
+    /// One node and the client reach only each other; another client takes over and cannot reach that
+    /// node.
+    Split {
+        node: u32,
+        takeover_after: u64,
+        duration: u64,
+    },
 }
 
 /// Stands for the newest client in [`Fault::Cut`].
@@ -93,12 +100,13 @@ enum Kind {
     ClientCrash,
     Zombie,
     Handover,
+    Split,
     Blackout,
     DiskErrors,
     BitFlips,
 }
 
-const HARMLESS: [Kind; 13] = [
+const HARMLESS: [Kind; 14] = [
     Kind::Break,
     Kind::Cut,
     Kind::Isolate,
@@ -111,6 +119,7 @@ const HARMLESS: [Kind; 13] = [
     Kind::ClientCrash,
     Kind::Zombie,
     Kind::Handover,
+    Kind::Split,
     Kind::Blackout,
 ];
 
@@ -142,6 +151,14 @@ pub fn generate(rng: &mut Rng, nodes: u32, damage_allowed: bool) -> Schedule {
                 rng.between(1, u64::from(nodes)) as u32
             };
             faults.push((at, fault(rng, kind, node, nodes)));
+            // Trouble comes in pairs: many mistakes show only when two things happen at once.
+            if rng.chance(1, 3) {
+                let soon = at + rng.between(0, 80) * MS;
+                let kind = *rng.pick(&kinds).unwrap_or(&Kind::Break);
+                let other = rng.between(1, u64::from(nodes)) as u32;
+                let node = if damages { victim } else { other };
+                faults.push((soon.min(duration), fault(rng, kind, node, nodes)));
+            }
         }
     }
     faults.sort_by_key(|(at, _)| *at);
@@ -226,6 +243,11 @@ fn fault(rng: &mut Rng, kind: Kind, node: u32, nodes: u32) -> Fault {
         Kind::Zombie => Fault::Zombie {
             takeover_after: span(rng),
             wakes_after: duration,
+        },
+        Kind::Split => Fault::Split {
+            node,
+            takeover_after: span(rng),
+            duration,
         },
         Kind::Handover if rng.coin() => Fault::Takeover,
         Kind::Handover => Fault::Handover,

@@ -46,8 +46,11 @@ impl Workload {
     /// Draws the habits of a run on a volume of this size that lasts about so long.
     pub fn generate(rng: &mut Rng, volume_sectors: u64, duration_ns: u64, requests: u64) -> Self {
         let chunks = volume_sectors.div_ceil(CHUNK_SECTORS);
-        let regions = (0..rng.between(1, 4)).map(|_| {
-            let blocks = rng.between(1, 6);
+        // Some runs fight over a single block or two.
+        let hot = rng.chance(1, 3);
+        let count = if hot { 1 } else { rng.between(1, 4) };
+        let regions = (0..count).map(|_| {
+            let blocks = rng.between(1, if hot { 2 } else { 6 });
             let chunk = rng.below(chunks);
             let within = match rng.below(4) {
                 0 => 0,
