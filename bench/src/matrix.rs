@@ -56,8 +56,6 @@ impl Job {
             format!("--runtime={seconds}"),
             "--time_based".into(),
             "--norandommap".into(),
-            // Data that neither compresses nor is equal, as real data are not.
-            "--refill_buffers".into(),
         ]);
         if self.flush {
             // fio's nbd engine sends a flush for fsync and knows no fdatasync.

@@ -24,6 +24,8 @@ const MIB: f64 = 1_048_576.0;
 const VOLUME: &str = "bench";
 /// Volumes that are exported and not used, for the idle cost.
 const IDLE_VOLUMES: usize = 50;
+/// Small, since the pool's over-provisioning has a limit.
+const IDLE_VOLUME_SIZE: &str = "64MiB";
 /// Idle share of one core, in percent.
 const IDLE_PERCENT_MAX: f64 = 2.0;
 const STALL_DEATH_SECONDS_MAX: f64 = 0.5;
@@ -84,7 +86,7 @@ pub fn run(args: &RunArgs) -> Result<bool> {
         seconds: args.seconds.unwrap_or(if args.quick { 3 } else { 8 }),
         rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 3 }).max(1),
         bytes: if args.quick { GIB } else { 4 * GIB },
-        disk_bytes: if args.quick { 2 * GIB } else { 6 * GIB },
+        disk_bytes: if args.quick { 4 * GIB } else { 6 * GIB },
     };
     let work = args.out.join("work");
     std::fs::create_dir_all(&work)?;
@@ -432,7 +434,7 @@ impl Ashlar {
         let mut exports = Vec::new();
         for n in 0..IDLE_VOLUMES {
             let name = format!("idle-{n}");
-            cluster.ashlar(&["volume", "create", &name, "--size", "1GiB"])?;
+            cluster.ashlar(&["volume", "create", &name, "--size", IDLE_VOLUME_SIZE])?;
             exports.push((name, sockets.join(format!("{n}.sock"))));
         }
         let client = Server::nbd_client(
