@@ -185,6 +185,9 @@ impl Session {
         if self.phase == Phase::Stopped {
             return;
         }
+        // A process that was stopped for a while hears of other things first: what was due meanwhile must
+        // not be forgotten, for deadlines in the past are not asked for again.
+        self.pump |= self.passed_deadline(now);
         self.now = now.max(self.now);
         std::mem::swap(&mut self.out, out);
         self.on_event(event);
@@ -422,6 +425,18 @@ impl Session {
                 self.resume_peer(index);
             }
         }
+    }
+
+    /// Whether a deadline of the pumps lies between the last event and `now`.
+    fn passed_deadline(&self, now: Time) -> bool {
+        [
+            self.opening_deadline(),
+            self.exclusion_deadline(),
+            self.rebuild_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .any(|deadline| deadline <= now)
     }
 
     /// When [`SessionEvent::Tick`] is due; `None`: an idle session needs no timer.
