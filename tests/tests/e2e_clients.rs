@@ -7,7 +7,11 @@ use std::time::Duration;
 use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, have, run_ok};
 
 fn sha256(path: &Path) -> String {
-    run_ok("sha256sum", &[path]).split_whitespace().next().unwrap().to_owned()
+    run_ok("sha256sum", &[path])
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .to_owned()
 }
 
 #[test]
@@ -15,20 +19,34 @@ fn nbdinfo_nbdcopy_and_qemu_img_carry_an_ext4_image_in_and_out() {
     if !have(&["nbdinfo", "nbdcopy", "qemu-img", "mke2fs", "e2fsck"]) {
         return;
     }
-    let cluster = Cluster::up(ClusterSpec { disk_size: "4GiB", ..ClusterSpec::default() });
+    let cluster = Cluster::up(ClusterSpec {
+        disk_size: "4GiB",
+        ..ClusterSpec::default()
+    });
     cluster.volume("image", "1GiB", 3);
     let export = Export::start(&cluster, "image");
     let uri = export.uri();
     let info = run_ok("nbdinfo", &[&uri]);
-    for expected in ["export-size: 1073741824", "is_read_only: false", "can_multi_conn: true"] {
+    for expected in [
+        "export-size: 1073741824",
+        "is_read_only: false",
+        "can_multi_conn: true",
+    ] {
         assert!(info.contains(expected), "{expected} not in:\n{info}");
     }
 
     // An ext4 file system of 1 GiB with the host's real files in it.
     let image = cluster.scratch("image.raw");
-    let source = if Path::new("/usr/share/perl").exists() { "/usr/share/perl" } else { "/usr/share" };
+    let source = if Path::new("/usr/share/perl").exists() {
+        "/usr/share/perl"
+    } else {
+        "/usr/share"
+    };
     run_ok("truncate", &["-s", "1G", image.to_str().unwrap()]);
-    run_ok("mke2fs", &["-q", "-t", "ext4", "-d", source, image.to_str().unwrap()]);
+    run_ok(
+        "mke2fs",
+        &["-q", "-t", "ext4", "-d", source, image.to_str().unwrap()],
+    );
     let sum = sha256(&image);
 
     run_ok("nbdcopy", &[image.to_str().unwrap(), &uri]);
@@ -38,20 +56,54 @@ fn nbdinfo_nbdcopy_and_qemu_img_carry_an_ext4_image_in_and_out() {
     run_ok("e2fsck", &["-fn", back.to_str().unwrap()]);
     std::fs::remove_file(&back).unwrap();
 
-    run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", image.to_str().unwrap(), &uri]);
+    run_ok(
+        "qemu-img",
+        &[
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            image.to_str().unwrap(),
+            &uri,
+        ],
+    );
     cluster.volume("copy", "1GiB", 2);
     let copy = Export::start(&cluster, "copy");
     run_ok(
         "qemu-img",
-        &["convert", "-n", "-f", "raw", "-O", "raw", image.to_str().unwrap(), &copy.uri()],
+        &[
+            "convert",
+            "-n",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            image.to_str().unwrap(),
+            &copy.uri(),
+        ],
     );
-    run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, &copy.uri()]);
+    run_ok(
+        "qemu-img",
+        &["compare", "-f", "raw", "-F", "raw", &uri, &copy.uri()],
+    );
     assert!(export.stop().success());
     assert!(copy.stop().success());
 
     // What was written is there after a clean close and another open.
     let export = Export::start(&cluster, "image");
-    run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", image.to_str().unwrap(), &export.uri()]);
+    run_ok(
+        "qemu-img",
+        &[
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            image.to_str().unwrap(),
+            &export.uri(),
+        ],
+    );
 }
 
 #[test]
@@ -121,7 +173,11 @@ assert h.pread(512, 0) == bytes(512), "the connection lives on after an error"
     .replace("URI", &export.uri());
     let file = cluster.scratch("script.py");
     std::fs::write(&file, script).unwrap();
-    run_ok("nbdsh", &[file.to_str().unwrap()]);
+    // The distribution's python3 has the nbd module; another one earlier in PATH may not.
+    run_ok(
+        "env",
+        &["PATH=/usr/bin:/bin", "nbdsh", file.to_str().unwrap()],
+    );
 }
 
 #[test]

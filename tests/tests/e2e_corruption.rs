@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ashlar_platform::sim::rng::Rng;
+use ashlar_platform::sim::Rng;
 use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, NbdClient};
 
 const BLOCKS: u64 = 4096;
@@ -13,17 +13,23 @@ const BLOCKS: u64 = 4096;
 /// The disk file of a daemon.
 fn disk_of(cluster: &Cluster, daemon: u32) -> PathBuf {
     let disks = cluster.json(&["disk", "list"]);
-    let node = format!("daemon-{daemon}");
-    let disk = disks.as_array().unwrap().iter().find(|d| {
-        d["node"].as_str().or(d["node_name"].as_str()).is_some_and(|n| n == node || n.ends_with(&node))
-    });
+    let node = format!("node-{daemon}");
+    let disk = disks
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|d| d["node"].as_str() == Some(&node));
     let disk = disk.unwrap_or_else(|| panic!("no disk of {node} in {disks}"));
     disk["path"].as_str().unwrap().into()
 }
 
 /// Flips one bit in each of `count` random places that hold something.
 fn flip(path: &PathBuf, rng: &mut Rng, count: u32) {
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     let length = file.metadata().unwrap().len();
     let mut flipped = 0;
     while flipped < count {
@@ -42,7 +48,10 @@ fn flip(path: &PathBuf, rng: &mut Rng, count: u32) {
 
 #[test]
 fn flipped_bits_of_one_replica_are_never_returned_and_are_repaired() {
-    let cluster = Cluster::up(ClusterSpec { disk_size: "256MiB", ..ClusterSpec::default() });
+    let cluster = Cluster::up(ClusterSpec {
+        disk_size: "256MiB",
+        ..ClusterSpec::default()
+    });
     cluster.volume("rot", "64MiB", 3);
     let export = Export::start(&cluster, "rot");
     let mut client = NbdClient::connect_unix(export.socket(), "rot").unwrap();
@@ -55,7 +64,11 @@ fn flipped_bits_of_one_replica_are_never_returned_and_are_repaired() {
         // While it runs: data pages and log are read back as they are now on the disk.
         flip(&disk_of(&cluster, daemon), &mut rng, 60);
         for block in 0..BLOCKS {
-            assert_eq!(client.read_stamp(block).unwrap(), block + 1, "block {block}");
+            assert_eq!(
+                client.read_stamp(block).unwrap(),
+                block + 1,
+                "block {block}"
+            );
         }
         // While it is down: superblock, descriptors and page metadata are read when it starts.
         cluster.ok(&["dev", "kill", &format!("daemon-{daemon}")]);
@@ -64,7 +77,11 @@ fn flipped_bits_of_one_replica_are_never_returned_and_are_repaired() {
         cluster.ashlar(&["dev", "start", &format!("daemon-{daemon}")]);
         cluster.wait_redundant("rot", Duration::from_secs(40));
         for block in 0..BLOCKS {
-            assert_eq!(client.read_stamp(block).unwrap(), block + 1, "block {block}");
+            assert_eq!(
+                client.read_stamp(block).unwrap(),
+                block + 1,
+                "block {block}"
+            );
         }
     }
     assert!(export.stop().success());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ashlar_platform::sim::rng::Rng;
+use ashlar_platform::sim::Rng;
 use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, NbdClient};
 use rustix::process::Signal;
 
@@ -29,7 +29,14 @@ struct Known {
 fn write_until(stop: &AtomicBool, client: &mut NbdClient, seed: u64, known: &Mutex<Known>) {
     let mut rng = Rng::new(seed);
     let mut answered = BTreeMap::new();
-    let mut stamp = known.lock().unwrap().sent.values().copied().max().unwrap_or(0);
+    let mut stamp = known
+        .lock()
+        .unwrap()
+        .sent
+        .values()
+        .copied()
+        .max()
+        .unwrap_or(0);
     while !stop.load(Ordering::Relaxed) {
         let start = Instant::now();
         if rng.below(8) == 0 {
@@ -63,9 +70,15 @@ fn check(client: &mut NbdClient, known: &Known) {
 
 #[test]
 fn a_lone_daemon_killed_200_times_loses_nothing_and_no_request_fails() {
-    let rounds: u64 =
-        std::env::var("ASHLAR_KILL_ROUNDS").ok().and_then(|t| t.parse().ok()).unwrap_or(200);
-    let cluster = Cluster::up(ClusterSpec { members: 1, daemons: 1, ..ClusterSpec::default() });
+    let rounds: u64 = std::env::var("ASHLAR_KILL_ROUNDS")
+        .ok()
+        .and_then(|t| t.parse().ok())
+        .unwrap_or(200);
+    let cluster = Cluster::up(ClusterSpec {
+        members: 1,
+        daemons: 1,
+        ..ClusterSpec::default()
+    });
     cluster.volume("single", "64MiB", 1);
     let export = Export::start(&cluster, "single");
     let known = Arc::new(Mutex::new(Known::default()));
@@ -82,16 +95,28 @@ fn a_lone_daemon_killed_200_times_loses_nothing_and_no_request_fails() {
         cluster.ok(&["dev", "kill", "daemon-1"]);
         cluster.ok(&["dev", "start", "daemon-1"]);
         let block = rng.below(BLOCKS);
-        let lower = known.lock().unwrap().durable.get(&block).copied().unwrap_or(0);
+        let lower = known
+            .lock()
+            .unwrap()
+            .durable
+            .get(&block)
+            .copied()
+            .unwrap_or(0);
         let stamp = checker.read_stamp(block).unwrap();
-        assert!(stamp >= lower, "block {block} says {stamp}, flushed {lower}");
+        assert!(
+            stamp >= lower,
+            "block {block} says {stamp}, flushed {lower}"
+        );
         assert!(!writer.is_finished(), "a request failed");
     }
     stop.store(true, Ordering::Relaxed);
     writer.join().unwrap();
     let known = known.lock().unwrap();
     check(&mut checker, &known);
-    println!("{rounds} kills, {} requests, longest {:?}", known.writes, known.stall);
+    println!(
+        "{rounds} kills, {} requests, longest {:?}",
+        known.writes, known.stall
+    );
 }
 
 #[test]
@@ -120,7 +145,10 @@ fn one_of_three_daemons_killed_again_and_again_is_not_noticed() {
     let known = known.lock().unwrap();
     let mut checker = NbdClient::connect_unix(export.socket(), "three").unwrap();
     check(&mut checker, &known);
-    println!("longest stall {:?} over {} requests", known.stall, known.writes);
+    println!(
+        "longest stall {:?} over {} requests",
+        known.stall, known.writes
+    );
     // The bar (0.5 s) is measured by the demo and the bench; here only that nothing hung.
     assert!(known.stall < Duration::from_secs(5), "{:?}", known.stall);
 }
@@ -171,7 +199,10 @@ fn without_a_metadata_majority_io_goes_on_and_waits_only_when_a_replica_fails() 
         (client, start.elapsed())
     });
     std::thread::sleep(Duration::from_secs(3));
-    assert!(!waiting.is_finished(), "acknowledged although the exclusion cannot be committed");
+    assert!(
+        !waiting.is_finished(),
+        "acknowledged although the exclusion cannot be committed"
+    );
     cluster.ok(&["dev", "start", "metadata-1"]);
     cluster.ok(&["dev", "start", "metadata-2"]);
     let (mut client, waited) = waiting.join().unwrap();
@@ -195,7 +226,10 @@ fn a_zombie_of_the_old_epoch_is_refused() {
     assert_eq!(after.read_stamp(1).unwrap(), 1);
     after.write_stamp(1, 2).unwrap();
     old.signal(Signal::CONT);
-    assert!(before.write_stamp(1, 3).is_err(), "the zombie's write was acknowledged");
+    assert!(
+        before.write_stamp(1, 3).is_err(),
+        "the zombie's write was acknowledged"
+    );
     let status = old.wait_end(Duration::from_secs(20));
     assert!(!status.success(), "{status}");
     assert_eq!(after.read_stamp(1).unwrap(), 2);

@@ -38,7 +38,13 @@ fn pgbench_survives_a_daemon_and_the_database_survives_its_node() {
     let mut programs = PROGRAMS.to_vec();
     let initdb = format!("{PG}/initdb");
     let pgbench = format!("{PG}/pgbench");
-    programs.extend(["/usr/sbin/nbd-client", "mkfs.ext4", "nbdinfo", &initdb, &pgbench]);
+    programs.extend([
+        "/usr/sbin/nbd-client",
+        "mkfs.ext4",
+        "nbdinfo",
+        &initdb,
+        &pgbench,
+    ]);
     if !have(&programs) {
         return;
     }
@@ -49,8 +55,13 @@ fn pgbench_survives_a_daemon_and_the_database_survives_its_node() {
         ..ClusterSpec::default()
     });
     cluster.volume("pg", "2GiB", 3);
-    let mut old =
-        Export::start_tcp(&cluster, "pg", "holder-1", &format!("{HOST_ADDRESS}:10809"), &[]);
+    let mut old = Export::start_tcp(
+        &cluster,
+        "pg",
+        "holder-1",
+        &format!("{HOST_ADDRESS}:10809"),
+        &[],
+    );
     let mut node = Node::boot(&network, 1, &cluster.scratch("node1"));
     node.ok(
         &script(&[
@@ -76,8 +87,18 @@ fn pgbench_survives_a_daemon_and_the_database_survives_its_node() {
     std::thread::sleep(Duration::from_secs(8));
     cluster.ok(&["dev", "start", "daemon-2"]);
     let output = node.finish(run, MINUTE * 2);
-    assert!(output.contains("number of failed transactions: 0"), "{output}");
-    println!("{}", output.lines().filter(|l| l.contains("tps")).collect::<Vec<_>>().join(" "));
+    assert!(
+        output.contains("number of failed transactions: 0"),
+        "{output}"
+    );
+    println!(
+        "{}",
+        output
+            .lines()
+            .filter(|l| l.contains("tps"))
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
     cluster.wait_redundant("pg", MINUTE);
 
     // Commits whose success was reported are written to the host's share, outside of the volume.
@@ -87,9 +108,14 @@ fn pgbench_survives_a_daemon_and_the_database_survives_its_node() {
     ]));
     let committed = cluster.scratch("node1").join("committed");
     let read = |path: &Path| {
-        std::fs::read_to_string(path).ok().and_then(|t| t.trim().parse::<u64>().ok()).unwrap_or(0)
+        std::fs::read_to_string(path)
+            .ok()
+            .and_then(|t| t.trim().parse::<u64>().ok())
+            .unwrap_or(0)
     };
-    wait_until("some commits", MINUTE, || (read(&committed) >= 30).then_some(()));
+    wait_until("some commits", MINUTE, || {
+        (read(&committed) >= 30).then_some(())
+    });
     // Power cut of the node; its nbd-client freezes and becomes a zombie.
     node.power_off();
     old.signal(Signal::STOP);
@@ -115,12 +141,23 @@ fn pgbench_survives_a_daemon_and_the_database_survives_its_node() {
         ]),
         MINUTE * 3,
     );
-    let highest = output.lines().find_map(|l| l.strip_prefix("highest ")).unwrap_or_default();
-    let (count, max) = highest.split_once('|').unwrap_or_else(|| panic!("{output}"));
+    let highest = output
+        .lines()
+        .find_map(|l| l.strip_prefix("highest "))
+        .unwrap_or_default();
+    let (count, max) = highest
+        .split_once('|')
+        .unwrap_or_else(|| panic!("{output}"));
     assert_eq!(count, max, "no hole in the ledger: {output}");
     let max: u64 = max.trim().parse().unwrap();
-    assert!(max >= reported, "{reported} commits were reported, {max} are there");
-    assert!(output.lines().any(|l| l.trim() == "t"), "pgbench's balance is wrong: {output}");
+    assert!(
+        max >= reported,
+        "{reported} commits were reported, {max} are there"
+    );
+    assert!(
+        output.lines().any(|l| l.trim() == "t"),
+        "pgbench's balance is wrong: {output}"
+    );
     assert!(!output.contains("AMCHECK_FAILED"), "{output}");
     println!("{reported} commits reported, {max} there");
 

@@ -23,7 +23,12 @@ pub struct ClusterSpec {
 
 impl Default for ClusterSpec {
     fn default() -> Self {
-        Self { members: 3, daemons: 3, disk_size: "2GiB", namespace: None }
+        Self {
+            members: 3,
+            daemons: 3,
+            disk_size: "2GiB",
+            namespace: None,
+        }
     }
 }
 
@@ -39,7 +44,10 @@ impl Cluster {
     /// # Panics
     /// If it does not come up.
     pub fn up(spec: ClusterSpec) -> Self {
-        let dir = tempfile::Builder::new().prefix("ashlar-e2e-").tempdir().expect("temp dir");
+        let dir = tempfile::Builder::new()
+            .prefix("ashlar-e2e-")
+            .tempdir()
+            .expect("temp dir");
         let cluster = Self { dir, spec };
         cluster.ok(&[
             "dev",
@@ -70,7 +78,10 @@ impl Cluster {
             None => Command::new(program),
             Some(namespace) => {
                 let mut command = Command::new("nsenter");
-                command.arg(format!("--net=/run/netns/{namespace}")).arg("--").arg(program);
+                command
+                    .arg(format!("--net=/run/netns/{namespace}"))
+                    .arg("--")
+                    .arg(program);
                 command
             }
         }
@@ -124,28 +135,37 @@ impl Cluster {
             self.ok(&["pool", "create", "default"]);
         }
         let replicas = replicas.to_string();
-        self.ok(&["volume", "create", name, "--size", size, "--replicas", &replicas]);
+        self.ok(&[
+            "volume",
+            "create",
+            name,
+            "--size",
+            size,
+            "--replicas",
+            &replicas,
+        ]);
     }
 
     /// Addresses of the metadata members, separated by commas.
     ///
     /// # Panics
-    /// If the state file is missing.
+    /// If the cluster does not say them.
     pub fn metadata(&self) -> String {
-        let state: serde_json::Value = std::fs::read(self.dir().join("state.json"))
-            .ok()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            .expect("the cluster has a state file");
-        let base = state["spec"]["base_port"].as_u64().expect("base_port");
-        let members = state["spec"]["members"].as_u64().expect("members");
-        (0..members).map(|m| format!("127.0.0.1:{}", base + m)).collect::<Vec<_>>().join(",")
+        let env = self.ok(&["dev", "env"]);
+        let value = env
+            .lines()
+            .find_map(|l| l.trim().split_once("ASHLAR_METADATA="));
+        let (_, addresses) = value.unwrap_or_else(|| panic!("no ASHLAR_METADATA in {env}"));
+        addresses.trim_matches(['"', '\'']).to_owned()
     }
 
     /// States of a volume's replicas, in order.
     pub fn replica_states(&self, volume: &str) -> Vec<String> {
         let list = self.json(&["replica", "list", volume]);
         let rows = list.as_array().cloned().unwrap_or_default();
-        rows.iter().map(|r| r["state"].as_str().unwrap_or_default().to_owned()).collect()
+        rows.iter()
+            .map(|r| r["state"].as_str().unwrap_or_default().to_owned())
+            .collect()
     }
 
     /// Waits until every replica of a volume is in sync.
@@ -155,7 +175,8 @@ impl Cluster {
     pub fn wait_redundant(&self, volume: &str, limit: Duration) {
         wait_until("full redundancy", limit, || {
             let states = self.replica_states(volume);
-            (!states.is_empty() && states.iter().all(|s| s.replace('_', "-") == "in-sync")).then_some(())
+            (!states.is_empty() && states.iter().all(|s| s.replace('_', "-") == "in-sync"))
+                .then_some(())
         });
     }
 
@@ -174,7 +195,9 @@ impl Cluster {
     /// The end of every process's log.
     pub fn logs(&self) -> String {
         let mut text = String::new();
-        let Ok(entries) = std::fs::read_dir(self.dir().join("logs")) else { return text };
+        let Ok(entries) = std::fs::read_dir(self.dir().join("logs")) else {
+            return text;
+        };
         for entry in entries.flatten() {
             let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
             let tail: Vec<_> = log.lines().rev().take(15).collect();

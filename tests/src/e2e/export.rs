@@ -35,7 +35,9 @@ impl Export {
         let export = Self::spawn(cluster, volume, name, &socket, args);
         let path = export.socket.clone();
         export.wait_ready(|| {
-            super::NbdClient::connect_unix(&path, volume).is_ok().then_some(())
+            super::NbdClient::connect_unix(&path, volume)
+                .is_ok()
+                .then_some(())
         })
     }
 
@@ -43,7 +45,13 @@ impl Export {
     ///
     /// # Panics
     /// If the process says nothing of readiness within 20 s.
-    pub fn start_tcp(cluster: &Cluster, volume: &str, name: &str, address: &str, args: &[&str]) -> Self {
+    pub fn start_tcp(
+        cluster: &Cluster,
+        volume: &str,
+        name: &str,
+        address: &str,
+        args: &[&str],
+    ) -> Self {
         let socket = cluster.scratch(&format!("{name}.sock"));
         let mut all = vec!["--volume", volume, "--listen", address];
         all.extend_from_slice(args);
@@ -68,9 +76,19 @@ impl Export {
         Self::spawn_raw(cluster, volume, name, socket, &all)
     }
 
-    fn spawn_raw(cluster: &Cluster, volume: &str, name: &str, socket: &Path, args: &[&str]) -> Self {
+    fn spawn_raw(
+        cluster: &Cluster,
+        volume: &str,
+        name: &str,
+        socket: &Path,
+        args: &[&str],
+    ) -> Self {
         let log = cluster.scratch(&format!("{name}.log"));
-        let file = std::fs::File::options().create(true).append(true).open(&log).expect("log");
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .expect("log");
         let child = cluster
             .command(&binary("nbd-client"))
             .args(["serve", "--metadata", &cluster.metadata()])
@@ -80,7 +98,12 @@ impl Export {
             .stderr(file)
             .spawn()
             .expect("nbd-client starts");
-        Self { child, socket: socket.to_owned(), log, volume: volume.to_owned() }
+        Self {
+            child,
+            socket: socket.to_owned(),
+            log,
+            volume: volume.to_owned(),
+        }
     }
 
     fn wait_ready(mut self, mut ready: impl FnMut() -> Option<()>) -> Self {
@@ -102,7 +125,11 @@ impl Export {
 
     /// NBD URI of the export.
     pub fn uri(&self) -> String {
-        format!("nbd+unix:///{}?socket={}", self.volume, self.socket.display())
+        format!(
+            "nbd+unix:///{}?socket={}",
+            self.volume,
+            self.socket.display()
+        )
     }
 
     /// The process's log so far.
@@ -141,7 +168,9 @@ impl Export {
     /// # Panics
     /// After `limit`.
     pub fn wait_end(&mut self, limit: Duration) -> std::process::ExitStatus {
-        wait_until("nbd-client ends by itself", limit, || self.child.try_wait().expect("its status"))
+        wait_until("nbd-client ends by itself", limit, || {
+            self.child.try_wait().expect("its status")
+        })
     }
 }
 

@@ -54,20 +54,27 @@ impl NbdClient {
         loop {
             let mut head = [0u8; 20];
             stream.read_exact(&mut head)?;
-            let field = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+            let field = |at: usize| {
+                u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
+            };
             let (kind, length) = (field(12), field(16) as usize);
             let mut body = vec![0; length.min(1 << 16)];
             stream.read_exact(&mut body)?;
             match kind {
                 1 => break, // NBD_REP_ACK
                 3 if body.len() == 12 && body[..2] == [0, 0] => {
-                    size = u64::from_be_bytes(body[2..10].try_into().map_err(|_| protocol("info"))?);
+                    size =
+                        u64::from_be_bytes(body[2..10].try_into().map_err(|_| protocol("info"))?);
                 }
                 3 => {}
                 other => return Err(protocol(format!("option refused: {other:#x}"))),
             }
         }
-        Ok(Self { stream, cookie: 0, size })
+        Ok(Self {
+            stream,
+            cookie: 0,
+            size,
+        })
     }
 
     fn command(&mut self, kind: u16, offset: u64, length: u32, data: &[u8]) -> io::Result<()> {
@@ -141,15 +148,17 @@ impl NbdClient {
     /// As [`NbdClient::read`], or the block is torn or belongs elsewhere.
     pub fn read_stamp(&mut self, block: BlockNumber) -> io::Result<u64> {
         let data = self.read(block * BLOCK as u64, BLOCK)?;
-        let number = |at: usize| {
-            u64::from_le_bytes(data[at..at + 8].try_into().unwrap_or_default())
-        };
+        let number =
+            |at: usize| u64::from_le_bytes(data[at..at + 8].try_into().unwrap_or_default());
         let stamp = number(8);
         if data.iter().all(|b| *b == 0) {
             return Ok(0);
         }
         if data != stamped(block, stamp) {
-            return Err(protocol(format!("block {block} is torn or foreign (says {})", number(0))));
+            return Err(protocol(format!(
+                "block {block} is torn or foreign (says {})",
+                number(0)
+            )));
         }
         Ok(stamp)
     }

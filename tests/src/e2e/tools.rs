@@ -15,7 +15,10 @@ pub fn binary(name: &str) -> PathBuf {
         return PathBuf::from(dir).join(name);
     }
     let exe = std::env::current_exe().expect("the test has a path");
-    let dir = exe.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/test");
+    let dir = exe
+        .parent()
+        .and_then(|deps| deps.parent())
+        .expect("target/PROFILE/deps/test");
     let path = dir.join(name);
     assert!(
         path.exists(),
@@ -40,7 +43,10 @@ pub fn have(programs: &[&str]) -> bool {
     // Past the test harness's capture, so that it is seen.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
     if let Some(path) = std::env::var_os("ASHLAR_SKIPPED_LOG")
-        && let Ok(mut file) = std::fs::File::options().append(true).create(true).open(path)
+        && let Ok(mut file) = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path)
     {
         let _ = writeln!(file, "{line}");
     }
@@ -49,7 +55,9 @@ pub fn have(programs: &[&str]) -> bool {
 
 fn which(program: &str) -> Option<PathBuf> {
     if program.contains('/') {
-        return std::path::Path::new(program).exists().then(|| program.into());
+        return std::path::Path::new(program)
+            .exists()
+            .then(|| program.into());
     }
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)

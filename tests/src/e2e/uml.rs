@@ -27,7 +27,9 @@ impl Network {
     /// # Panics
     /// If the machine refuses (no root, no tap).
     pub fn new(nodes: u32) -> Self {
-        let network = Self { name: format!("ashlar-{}", std::process::id()) };
+        let network = Self {
+            name: format!("ashlar-{}", std::process::id()),
+        };
         run_ok("ip", &["netns", "add", &network.name]);
         let mut script = format!(
             "ip link set lo up; ip link add br0 type bridge stp_state 0 forward_delay 0\n\
@@ -39,7 +41,10 @@ impl Network {
             ));
         }
         let namespace = network.path();
-        run_ok("nsenter", &[&format!("--net={namespace}"), "sh", "-ec", &script]);
+        run_ok(
+            "nsenter",
+            &[&format!("--net={namespace}"), "sh", "-ec", &script],
+        );
         network
     }
 
@@ -55,7 +60,9 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
     }
 }
 
@@ -78,12 +85,27 @@ impl Node {
         let child = Command::new("setsid")
             .args(["nsenter", &format!("--net={}", network.path())])
             .args(["unshare", "--pid", "--fork", "--kill-child=KILL", KERNEL])
-            .args(["mem=1G", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"])
+            .args([
+                "mem=1G",
+                "root=/dev/root",
+                "rootfstype=hostfs",
+                "rootflags=/",
+                "ro",
+            ])
             .arg(format!("umid=ashlar-n{number}"))
             .arg(format!("uml_dir={}", share.join("uml").display()))
             .arg(format!("init={}", script.display()))
-            .args(["con=null", "ssl=null", "con0=fd:0,fd:1", "quiet", "loglevel=3", "panic=-1"])
-            .arg(format!("vec0:transport=tap,ifname=tap{number},depth=128,gro=1"))
+            .args([
+                "con=null",
+                "ssl=null",
+                "con0=fd:0,fd:1",
+                "quiet",
+                "loglevel=3",
+                "panic=-1",
+            ])
+            .arg(format!(
+                "vec0:transport=tap,ifname=tap{number},depth=128,gro=1"
+            ))
             .arg(format!("SCRIPT={}", script.display()))
             .arg(format!("NODE=n{number}"))
             .arg(format!("IP=10.77.0.1{number}/24"))
@@ -94,7 +116,11 @@ impl Node {
             .stderr(console)
             .spawn()
             .expect("setsid starts");
-        let mut node = Self { child, share: share.to_owned(), commands: 0 };
+        let mut node = Self {
+            child,
+            share: share.to_owned(),
+            commands: 0,
+        };
         let ready = node.share.join("ready");
         wait_until("the node boots", Duration::from_secs(60), || {
             if let Ok(Some(status)) = node.child.try_wait() {
@@ -131,7 +157,11 @@ impl Node {
 
     /// Exit status of a script, once it has ended.
     pub fn status(&self, number: u32) -> Option<i32> {
-        std::fs::read_to_string(self.share.join(format!("{number}.rc"))).ok()?.trim().parse().ok()
+        std::fs::read_to_string(self.share.join(format!("{number}.rc")))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     }
 
     /// Runs a shell script in the node, which must succeed; its output.
