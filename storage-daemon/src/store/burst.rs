@@ -174,10 +174,11 @@ impl Store {
     }
 
     fn load_burst(&mut self, burst: &mut Burst, out: &mut Vec<StoreCommand>) {
-        if !self.allocate_pages(burst) {
-            return;
-        }
         if !burst.loading {
+            // Once: this runs at every event while sectors are loaded.
+            if !self.allocate_pages(burst) {
+                return;
+            }
             burst.loading = true;
             self.start_loading(burst, out);
         }

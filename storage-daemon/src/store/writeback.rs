@@ -21,6 +21,16 @@ use super::sync::SyncAction;
 use super::tombstones::Extent;
 use crate::format::{Record, RecordKind};
 
+/// Pages that one burst may touch: a run of redirects takes few bytes of the log and many pages, and the
+/// disk's thread answers nobody while it plans and builds them.
+const BURST_PAGES_MAX: usize = 1024;
+
+/// Pages that a range lies in.
+fn pages_touched(range: BlockRange) -> usize {
+    let per_page = BLOCKS_PER_PAGE as u16;
+    usize::from((range.end() - 1) / per_page - range.first / per_page) + 1
+}
+
 /// What a block of a page becomes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum BlockPlan {
@@ -114,10 +124,13 @@ impl Store {
     fn plan_burst(&mut self) {
         let limit = self.config.write_back_burst_bytes.min(self.log.bytes / 4);
         let mut bytes = 0;
+        let mut pages = 0;
         let mut end = 0;
         for b in &self.log.batches {
             bytes += b.used;
-            if b.sequence > self.log.durable || (end > 0 && bytes > limit) {
+            pages += b.records.iter().map(|r| pages_touched(r.range)).sum::<usize>();
+            let full = bytes > limit || pages > BURST_PAGES_MAX;
+            if b.sequence > self.log.durable || (end > 0 && full) {
                 break;
             }
             end = b.sequence;
