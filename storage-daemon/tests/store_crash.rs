@@ -22,19 +22,22 @@ struct Expect {
     later: Vec<(Version, bool)>,
 }
 
+/// (chunk, first block, count, version, is data)
+type Op = (u32, u32, u32, Version, bool);
+
 #[derive(Clone, Default)]
 struct Model {
     blocks: BTreeMap<(u32, u32), Expect>,
     /// Updates under way or answered but not flushed: tag -> what.
-    answered: Vec<(u32, u32, u32, Version, bool)>,
-    pending: BTreeMap<u64, (u32, u32, u32, Version, bool)>,
+    answered: Vec<Op>,
+    pending: BTreeMap<u64, Op>,
     /// Flush tags with what had been answered when they were sent.
-    flushes: BTreeMap<u64, Vec<(u32, u32, u32, Version, bool)>>,
+    flushes: BTreeMap<u64, Vec<Op>>,
     sequence: u64,
 }
 
 impl Model {
-    fn sent(&mut self, tag: u64, op: (u32, u32, u32, Version, bool)) {
+    fn sent(&mut self, tag: u64, op: Op) {
         self.pending.insert(tag, op);
         for b in op.1..op.1 + op.2 {
             self.blocks
@@ -163,7 +166,7 @@ fn random_op(m: &mut Model, h: &mut Harness) {
 }
 
 fn fresh(seed: u64) -> Harness {
-    let disk = TestDisk::formatted(&options(10 << 20, 256 << 10));
+    let disk = TestDisk::formatted(&options(10 << 20, 512 << 10));
     let mut h = Harness::open(disk, 1, seed);
     h.create(VOLUME, 1);
     h
@@ -205,7 +208,7 @@ fn cut_everywhere(seed: u64, operations: u32) {
             let mut after = recover(h.disk.after_power_cut(cut), 2, &context);
             assert!(after.ready.unwrap().incarnation_changed);
             m.check(&mut after, &context);
-            if io % 8 == 0 {
+            if io.is_multiple_of(8) {
                 let context = format!("{context}, killed");
                 let mut after = recover(h.disk.after_kill(cut), 1, &context);
                 assert!(!after.ready.unwrap().incarnation_changed, "{context}");

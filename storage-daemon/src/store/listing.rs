@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use super::api::{StoreCommand, StoreError, StoreReply, StoreRequest};
 use super::index::BlockKey;
-use super::log::Ack;
+use super::log::{Ack, Answer};
 use super::{Parked, Store};
 
 /// Chunks that one part of a listing looks at.
@@ -82,7 +82,7 @@ impl Store {
                     newest,
                     Ack {
                         tag: p.tag,
-                        reply,
+                        answer: Answer::Other(Box::new(reply)),
                         durable: false,
                     },
                     out,
@@ -134,7 +134,7 @@ impl Store {
                     layer,
                     block,
                 };
-                if block % 16 == 0 && self.page_is_vacant(key) {
+                if block.is_multiple_of(16) && self.page_is_vacant(key) {
                     block += 16;
                     continue;
                 }

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 
 use ashlar_platform::buffer::{AlignedBuffer, BufferPool};
 use ashlar_proto::ids::BLOCK_SIZE;
+use ashlar_proto::wire::WriteOutcome;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
@@ -22,11 +23,29 @@ pub(super) const RECORD_BYTES_MAX: usize = 128 * 1024;
 /// Bytes of one data buffer of an open batch.
 const DATA_BUFFER_BYTES: usize = 128 * 1024;
 
+/// What is answered when a batch or a sync is done; small, since many wait at once.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Done,
+    Written(WriteOutcome),
+    Other(Box<StoreReply>),
+}
+
+impl Answer {
+    pub(super) fn into_reply(self) -> StoreReply {
+        match self {
+            Self::Done => StoreReply::Done,
+            Self::Written(outcome) => StoreReply::Written(outcome),
+            Self::Other(reply) => *reply,
+        }
+    }
+}
+
 /// An answer that waits for a batch.
 #[derive(Debug)]
 pub(super) struct Ack {
     pub(super) tag: u64,
-    pub(super) reply: StoreReply,
+    pub(super) answer: Answer,
     /// Wait for a sync as well.
     pub(super) durable: bool,
 }

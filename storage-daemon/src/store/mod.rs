@@ -4,10 +4,10 @@
 //! |---|---|
 //! | `api` | requests, replies, events, commands |
 //! | `log`, `index`, `tombstones`, `allocator`, `cache` | the parts in memory, without I/O |
-//! | `writes`, `reads`, `listing`, `descriptors` | what requests do |
+//! | `writes`, `removal`, `reads`, `listing`, `descriptors` | what requests do |
 //! | `sync` | grouped fdatasync, the superblock |
 //! | `writeback`, `burst` | from the log to the home pages |
-//! | `recovery`, `replay` | opening a disk |
+//! | `recovery`, `recovery_log`, `replay` | opening a disk |
 //! | `space` | high-water mark, pages given back later |
 //!
 //! Invariants (each file has its own):
@@ -27,6 +27,8 @@ mod listing;
 mod log;
 mod reads;
 mod recovery;
+mod recovery_log;
+mod removal;
 mod replay;
 mod space;
 mod sync;
@@ -50,7 +52,7 @@ use crate::format::{Geometry, Superblock};
 use allocator::Allocator;
 use cache::SectorCache;
 use index::Index;
-use log::{Ack, Log};
+use log::{Ack, Answer, Log};
 use sync::{SyncAction, SyncState};
 
 /// Most reads of data in flight that a store keeps state for; beyond it `Busy`.
@@ -332,7 +334,7 @@ impl Store {
             replica.watermark_dirty = true;
         }
         replica.forget_below = forget_below.min(replica.watermark);
-        self.want_sync(SyncAction::Reply(tag, StoreReply::Done), out);
+        self.want_sync(SyncAction::Reply(tag, Answer::Done), out);
     }
 
     fn on_disk(&mut self, completion: DiskCompletion, out: &mut Vec<StoreCommand>) {
@@ -382,9 +384,9 @@ impl Store {
     fn settle(&mut self, due: Vec<Ack>, out: &mut Vec<StoreCommand>) {
         for ack in due {
             if ack.durable {
-                self.want_sync(SyncAction::Reply(ack.tag, ack.reply), out);
+                self.want_sync(SyncAction::Reply(ack.tag, ack.answer), out);
             } else {
-                Self::reply(out, ack.tag, Ok(ack.reply));
+                Self::reply(out, ack.tag, Ok(ack.answer.into_reply()));
             }
         }
     }

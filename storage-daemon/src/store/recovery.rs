@@ -20,9 +20,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ashlar_platform::disk::DiskCommand;
-use ashlar_proto::ids::{
-    BLOCK_SIZE, BLOCKS_PER_PAGE, ClusterId, DiskId, Incarnation, PAGE_SIZE, Version,
-};
+use ashlar_proto::ids::{BLOCK_SIZE, ClusterId, DiskId, Incarnation, Version};
 use bytes::Bytes;
 
 use super::allocator::Allocator;
@@ -34,14 +32,13 @@ use super::sync::{SuperblockAction, SyncAction};
 use super::{Phase, Store, Target};
 use crate::format::{
     BatchHeader, FormatError, Geometry, IO_BLOCK, PAGE_SECTOR_BYTES, PageSector, PageState, Record,
-    RecordKind, ReplicaHeader, SUPERBLOCK_OFFSETS, StoredState, Superblock, decode_batch,
-    decode_descriptor, peek_header_blocks, salt_of,
+    ReplicaHeader, SUPERBLOCK_OFFSETS, StoredState, Superblock, decode_descriptor, salt_of,
 };
 
 /// Reads in flight.
 const READS_IN_FLIGHT: u32 = 16;
 /// Bytes of a sequential read.
-const WINDOW: u64 = 1 << 20;
+pub(super) const WINDOW: u64 = 1 << 20;
 /// Bytes by which windows of the scan overlap, so that headers are seen whole.
 const OVERLAP: u64 = 160 * 1024;
 /// Marks the read of a single block of sectors.
@@ -81,7 +78,7 @@ pub(super) struct Recovery {
     step: Step,
     outstanding: u32,
     /// (what it is, offset, length)
-    reads: VecDeque<(u64, u64, u64)>,
+    pub(super) reads: VecDeque<(u64, u64, u64)>,
     superblocks: Vec<Superblock>,
     format_error: Option<FormatError>,
     rotten_slots: Vec<u32>,
@@ -91,16 +88,16 @@ pub(super) struct Recovery {
     rotten_pages: Vec<u32>,
     losers: Vec<u32>,
     /// Where the walk is, relative to the log; and whether its start was tried instead.
-    at: u64,
-    wrapped: bool,
-    window_at: u64,
-    window: Bytes,
-    short_window: bool,
+    pub(super) at: u64,
+    pub(super) wrapped: bool,
+    pub(super) window_at: u64,
+    pub(super) window: Bytes,
+    pub(super) short_window: bool,
     pub(super) found: Vec<Found>,
-    highest_sequence: u64,
-    evidence: bool,
+    pub(super) highest_sequence: u64,
+    pub(super) evidence: bool,
     pub(super) bad_pages: BTreeSet<usize>,
-    damage: bool,
+    pub(super) damage: bool,
     pub(super) bad_blocks: u64,
     changed: bool,
     seal: u64,
@@ -488,187 +485,6 @@ impl Store {
         chunk.layer_mut(s.layer.0).pages.set(s.page, s.physical);
     }
 
-    /// The bytes of the log at `at`, if the window has them; else asks for them.
-    fn window(&self, r: &mut Recovery, at: u64, length: u64) -> Option<Bytes> {
-        let start = at.checked_sub(r.window_at).map(|s| s as usize);
-        if let Some(start) = start
-            && let Some(end) = start.checked_add(length as usize)
-            && end <= r.window.len()
-        {
-            return Some(r.window.slice(start..end));
-        }
-        let failed = r.window.is_empty() && r.window_at == at && r.short_window;
-        if failed {
-            return None;
-        }
-        // After a read that failed, only what is needed.
-        r.short_window = r.window.is_empty() && r.window_at == at && r.window_at != u64::MAX;
-        let room = self.geometry.log_bytes - at;
-        let bytes = if r.short_window {
-            length
-        } else {
-            WINDOW.max(length)
-        }
-        .min(room);
-        r.window_at = at;
-        r.window = Bytes::new();
-        r.reads
-            .push_back((at, self.geometry.log_offset + at, bytes));
-        None
-    }
-
-    /// One step of the walk; true: go on (perhaps after a read).
-    fn walk_log(&mut self, r: &mut Recovery) -> bool {
-        match self.batch_here(r) {
-            Walk::Wait => true,
-            Walk::Found(found) => {
-                r.at = found.offset + found.header.total_bytes();
-                r.wrapped = false;
-                r.highest_sequence = r.highest_sequence.max(found.header.sequence);
-                r.found.push(*found);
-                true
-            }
-            Walk::Nothing if !r.wrapped && r.at != 0 => {
-                r.at = 0;
-                r.wrapped = true;
-                true
-            }
-            Walk::Nothing => false,
-        }
-    }
-
-    fn batch_here(&mut self, r: &mut Recovery) -> Walk {
-        let (at, block) = (r.at, BLOCK_SIZE as u64);
-        let log_bytes = self.geometry.log_bytes;
-        if at + block > log_bytes {
-            return Walk::Nothing;
-        }
-        let Some(first) = self.window(r, at, block) else {
-            return Walk::after(r);
-        };
-        let Some(blocks) = peek_header_blocks(&first, self.salt) else {
-            return Walk::Nothing;
-        };
-        let header_bytes = blocks as u64 * block;
-        if at + header_bytes > log_bytes {
-            return Walk::Nothing;
-        }
-        let Some(bytes) = self.window(r, at, header_bytes) else {
-            return Walk::after(r);
-        };
-        let Ok((header, records)) = decode_batch(&bytes, self.salt) else {
-            return Walk::Nothing;
-        };
-        let (last, chain) = r.found.last().map_or(
-            (self.superblock.tail_sequence, self.superblock.tail_chain),
-            |f| (f.header.sequence, f.header.chain),
-        );
-        let continues = header.previous_sequence == last
-            && header.previous_chain == chain
-            && header.sequence > last
-            && at + header.total_bytes() <= log_bytes;
-        if !continues {
-            return Walk::Nothing;
-        }
-        let data_blocks = u64::from(header.data_blocks);
-        let mut bad = BTreeSet::new();
-        if data_blocks > 0 {
-            match self.window(r, at, header.total_bytes()) {
-                Some(bytes) => check_data(&records, &bytes[header_bytes as usize..], &mut bad),
-                None if !r.reads.is_empty() => return Walk::Wait,
-                None => bad.extend(0..header.data_blocks),
-            }
-        }
-        Walk::Found(Box::new(Found {
-            header,
-            records,
-            offset: at,
-            bad,
-        }))
-    }
-
-    fn on_scan(&mut self, r: &mut Recovery, bytes: Option<&[u8]>) {
-        let last = r
-            .found
-            .last()
-            .map_or(self.superblock.tail_sequence, |f| f.header.sequence);
-        let bytes = bytes.unwrap_or_default();
-        for at in (0..bytes.len()).step_by(BLOCK_SIZE) {
-            let rest = &bytes[at..];
-            if peek_header_blocks(rest, self.salt).is_none() {
-                continue;
-            }
-            if let Ok((h, _)) = decode_batch(rest, self.salt) {
-                r.highest_sequence = r.highest_sequence.max(h.sequence);
-                r.evidence |= h.sequence > last && h.durable_sequence > last;
-            }
-        }
-    }
-
-    /// Above the marker the log ends at the first batch whose data does not verify.
-    fn cut_log(&mut self, r: &mut Recovery) {
-        let last = r
-            .found
-            .last()
-            .map_or(self.superblock.tail_sequence, |f| f.header.sequence);
-        let marker = self.marker_of(r);
-        r.damage |= r.evidence || marker > last;
-        let cut = r
-            .found
-            .iter()
-            .position(|f| f.header.sequence > marker && !f.bad.is_empty());
-        if let Some(cut) = cut {
-            r.found.truncate(cut);
-        }
-    }
-
-    fn marker_of(&self, r: &Recovery) -> u64 {
-        let claims = r.found.iter().map(|f| f.header.durable_sequence);
-        claims.fold(self.superblock.durable_sequence, u64::max)
-    }
-
-    /// Fresh pages above the marker are verified.
-    fn read_fresh_pages(&mut self, r: &mut Recovery) {
-        let marker = self.marker_of(r);
-        for (i, f) in r
-            .found
-            .iter()
-            .enumerate()
-            .filter(|(_, f)| f.header.sequence > marker)
-        {
-            for (n, record) in f.records.iter().enumerate() {
-                if let RecordKind::Redirect { physical, .. } = record.kind {
-                    if physical >= self.superblock.page_high_water {
-                        r.bad_pages.insert(i);
-                        continue;
-                    }
-                    let id = (i as u64) << 32 | n as u64;
-                    r.reads
-                        .push_back((id, self.page_offset(physical), PAGE_SIZE as u64));
-                }
-            }
-        }
-    }
-
-    fn on_fresh_page(&mut self, r: &mut Recovery, id: u64, bytes: Option<&[u8]>) {
-        let (batch, record) = ((id >> 32) as usize, (id & 0xffff_ffff) as usize);
-        let Some(record) = r.found.get(batch).and_then(|f| f.records.get(record)) else {
-            return;
-        };
-        let RecordKind::Redirect { checksums, .. } = &record.kind else {
-            return;
-        };
-        let good = bytes.is_some_and(|b| {
-            b.len() == PAGE_SIZE
-                && (0..BLOCKS_PER_PAGE as usize).all(|i| {
-                    crc32c::crc32c(&b[i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE]) == checksums[i]
-                })
-        });
-        if !good {
-            r.bad_pages.insert(batch);
-        }
-    }
-
     /// Brings memory to what the log says.
     fn replay(&mut self, r: &mut Recovery) {
         let marker = self.marker_of(r);
@@ -767,43 +583,5 @@ impl Store {
         self.last_write = self.now;
         self.identity = Some(identity);
         out.push(StoreCommand::Ready(identity));
-    }
-}
-
-enum Walk {
-    Found(Box<Found>),
-    /// No batch continues the chain here.
-    Nothing,
-    /// Bytes are on their way.
-    Wait,
-}
-
-impl Walk {
-    fn after(r: &Recovery) -> Self {
-        if r.reads.is_empty() {
-            Self::Nothing
-        } else {
-            Self::Wait
-        }
-    }
-}
-
-/// Finds the data blocks of a batch that do not match.
-fn check_data(records: &[Record], data: &[u8], bad: &mut BTreeSet<u32>) {
-    let mut index = 0u32;
-    for record in records {
-        let RecordKind::Data(checksums) = &record.kind else {
-            continue;
-        };
-        for expected in checksums {
-            let at = index as usize * BLOCK_SIZE;
-            let good = data
-                .get(at..at + BLOCK_SIZE)
-                .is_some_and(|d| crc32c::crc32c(d) == *expected);
-            if !good {
-                bad.insert(index);
-            }
-            index += 1;
-        }
     }
 }

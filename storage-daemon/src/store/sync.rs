@@ -9,14 +9,15 @@ use ashlar_platform::disk::DiskCommand;
 use bytes::Bytes;
 use smallvec::smallvec;
 
-use super::api::{StoreCommand, StoreReply};
+use super::api::StoreCommand;
+use super::log::Answer;
 use super::{Store, Target};
 use crate::format::{IO_BLOCK, SUPERBLOCK_OFFSETS};
 
 /// What follows a sync.
 #[derive(Debug)]
 pub(super) enum SyncAction {
-    Reply(u64, StoreReply),
+    Reply(u64, Answer),
     Superblock,
     Admin,
     WriteBack,
@@ -107,10 +108,7 @@ impl Store {
 
     fn run_sync_action(&mut self, action: SyncAction, out: &mut Vec<StoreCommand>) {
         match action {
-            SyncAction::Reply(tag, reply) => out.push(StoreCommand::Reply {
-                tag,
-                result: Ok(reply),
-            }),
+            SyncAction::Reply(tag, answer) => Self::reply(out, tag, Ok(answer.into_reply())),
             SyncAction::Superblock => {
                 self.sync.superblock_busy = false;
                 for action in std::mem::take(&mut self.sync.superblock_current) {
