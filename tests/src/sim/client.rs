@@ -58,7 +58,7 @@ pub struct Pending {
 #[derive(Debug)]
 pub enum Inbound {
     /// From the network.
-    Network(NetworkEvent<Frame>),
+    Network(Box<NetworkEvent<Frame>>),
     /// From metadata.
     Session(Box<SessionEvent>),
     /// The user's next request is due.

@@ -382,7 +382,7 @@ impl Cluster {
         } else if let Some(client) = self.clients.get_mut(&host) {
             match client.state {
                 ClientState::Running => self.client_network(host, event),
-                ClientState::Frozen => client.inbox.push_back(Inbound::Network(event)),
+                ClientState::Frozen => client.inbox.push_back(Inbound::Network(Box::new(event))),
                 ClientState::Dead | ClientState::Stopped(_) => {}
             }
         }

@@ -336,7 +336,7 @@ impl Cluster {
         self.note(|| format!("k{host} goes on"));
         for inbound in inbox {
             match inbound {
-                Inbound::Network(event) => self.client_network(host, event),
+                Inbound::Network(event) => self.client_network(host, *event),
                 Inbound::Session(event) => self.session(host, *event),
                 Inbound::Submit => self.submit_next(host),
             }
