@@ -124,7 +124,10 @@ impl VolumeView {
         if groups.is_empty() {
             return Err(bad("groups"));
         }
-        if !volume.size_bytes.is_multiple_of(crate::ids::BLOCK_SIZE as u64) {
+        if !volume
+            .size_bytes
+            .is_multiple_of(crate::ids::BLOCK_SIZE as u64)
+        {
             return Err(bad("size_bytes"));
         }
         let mut endpoints = BTreeMap::new();

@@ -451,7 +451,6 @@ impl<M> SimNetwork<M> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 

@@ -229,7 +229,10 @@ fn the_last_replica_is_waited_for() {
     let tag = w.write(c, 8, 8, false);
     assert_eq!(stamp_at(&mut w, c, 0), first);
     assert_eq!(w.answer(c, tag), DONE);
-    assert_eq!(w.changes, 2, "only the first open (grant, confirmation) changed the configuration");
+    assert_eq!(
+        w.changes, 2,
+        "only the first open (grant, confirmation) changed the configuration"
+    );
 }
 
 #[test]
@@ -497,7 +500,10 @@ fn blackout_of_all_daemons_is_survived_without_an_exclusion() {
     }
     let tag = w.write(c, 8, 8, false);
     assert_eq!(w.answer(c, tag), DONE);
-    assert_eq!(w.changes, 2, "only the first open (grant, confirmation) changed the configuration");
+    assert_eq!(
+        w.changes, 2,
+        "only the first open (grant, confirmation) changed the configuration"
+    );
 }
 
 /// A daemon dies; while it is out, the survivor loses power and the client dies too. Seeds in which an
