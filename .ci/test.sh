@@ -48,6 +48,14 @@ for test in tests/tests/*.rs; do
     step "$name" cargo test -p ashlar-tests --locked --test "$name" -- --test-threads=1
 done
 
+# Planted mistakes in the protocol must be caught; they are another build of the client.
+step planted-mistakes cargo test -p ashlar-tests --locked --features planted-bugs --test sim_seeds -- planted
+
+count() {
+    # "test result: ok. 3 passed; 0 failed; ..." of every runner
+    grep -h '^test result' "$logs"/*.log | sed "s/.* \([0-9]*\) $1.*/\1/" | awk '{ n += $1 } END { print n + 0 }'
+}
+
 echo
 echo "== summary"
 cat "$summary"
@@ -60,6 +68,8 @@ if [ -s "$ASHLAR_SKIPPED_LOG" ]; then
         failed=1
     fi
 fi
+echo
+echo "$(count passed) passed, $(count failed) failed"
 if [ "$failed" -ne 0 ]; then
     echo "FAILED"
     exit 1
