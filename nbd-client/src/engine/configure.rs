@@ -29,7 +29,13 @@ impl Session {
             return false;
         }
         if view.holder != Some(self.config.client) {
-            self.stop(StopReason::Superseded);
+            // The news of our own close may come before its answer.
+            let closed = self.phase == Phase::Closing && view.holder.is_none();
+            self.stop(if closed {
+                StopReason::Closed
+            } else {
+                StopReason::Superseded
+            });
             return true;
         }
         if view.groups.len() != self.groups.len() && !self.groups.is_empty() {
