@@ -11,7 +11,7 @@
 //! - A page is changed in place only block by block, and only blocks that the log still holds.
 //! - The overlay hides a page until the burst is finished.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
 use ashlar_platform::disk::DiskCommand;
 use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_PAGE, ChunkIndex, SnapshotNumber, Version};
@@ -22,98 +22,18 @@ use super::api::StoreCommand;
 use super::cache::{Lookup, SECTORS_PER_BLOCK};
 use super::index::{NO_PAGE, PageKey};
 use super::sync::{SuperblockAction, SyncAction};
-use super::writeback::{BlockPlan, PagePlan};
+use super::writeback::{BlockPlan, Burst, LogRead, Outcome, PagePlan, Stage};
 use super::{Store, Target};
 use crate::format::{PageBlock, PageSector, PageState, StoredState};
 
 /// Writes of a burst in flight at once: foreground requests share the device.
 const WRITES_IN_FLIGHT_MAX: u32 = 16;
+/// Reads of sectors of a burst in flight at once.
+const READS_IN_FLIGHT_MAX: usize = 32;
 /// Bytes of one read of the log.
 const READ_BYTES_MAX: u64 = 1 << 20;
 /// Dead bytes of the log that are read along to save a command.
 const READ_GAP_MAX: u64 = 64 * 1024;
-
-/// See the module.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Stage {
-    Marker,
-    MarkerSync,
-    Load,
-    Write,
-    Settle,
-    Sync,
-    Tail,
-}
-
-struct LogRead {
-    offset: u64,
-    length: u64,
-    data: Option<Bytes>,
-}
-
-/// How a page ends up.
-struct Outcome {
-    key: PageKey,
-    /// Where it is now.
-    home: Option<u32>,
-    /// Pages that it leaves.
-    left: SmallVec<[u32; 2]>,
-}
-
-/// One burst.
-pub(super) struct Burst {
-    /// Last batch that it frees.
-    pub(super) end: u64,
-    /// Last batch that may have superseded something in the run.
-    pub(super) wait: u64,
-    pub(super) stage: Stage,
-    pub(super) pages: BTreeMap<PageKey, PagePlan>,
-    pub(super) touched: Vec<(u32, u32, u32)>,
-    /// Fresh pages that a later redirect replaced.
-    pub(super) dead: Vec<u32>,
-    /// Fresh pages of replicas that were dropped.
-    pub(super) orphans: Vec<u32>,
-    loading: bool,
-    reads: Vec<LogRead>,
-    outstanding: u32,
-    /// Blocks of sectors that are still to be loaded and pinned.
-    missing: Vec<u32>,
-    pinned: Vec<u32>,
-    writes: VecDeque<(u64, SmallVec<[Bytes; 4]>)>,
-    outcomes: Vec<Outcome>,
-}
-
-impl Burst {
-    pub(super) fn new(end: u64) -> Self {
-        Self {
-            end,
-            wait: end,
-            stage: Stage::Marker,
-            pages: BTreeMap::new(),
-            touched: Vec::new(),
-            dead: Vec::new(),
-            orphans: Vec::new(),
-            loading: false,
-            reads: Vec::new(),
-            outstanding: 0,
-            missing: Vec::new(),
-            pinned: Vec::new(),
-            writes: VecDeque::new(),
-            outcomes: Vec::new(),
-        }
-    }
-
-    fn data_at(&self, offset: u64) -> Option<Bytes> {
-        let at = self.reads.partition_point(|r| r.offset <= offset);
-        // Failed reads were split: several entries may begin at or before the offset.
-        self.reads[..at].iter().rev().take(2).find_map(|r| {
-            let start = offset - r.offset;
-            let data = r.data.as_ref()?;
-            (start + BLOCK_SIZE as u64 <= r.length)
-                .then(|| data.slice(start as usize..start as usize + BLOCK_SIZE))
-        })
-    }
-}
 
 impl Store {
     pub(super) fn pump_burst(&mut self, out: &mut Vec<StoreCommand>) {
@@ -182,20 +102,21 @@ impl Store {
             burst.loading = true;
             self.start_loading(burst, out);
         }
-        let mut missing = std::mem::take(&mut burst.missing);
-        missing.retain(|block| {
-            if self.cache.contains(*block) {
-                self.cache.pin(*block);
-                burst.pinned.push(*block);
-                return false;
+        while burst.missing.len() < READS_IN_FLIGHT_MAX
+            && let Some(block) = burst.unasked.pop()
+        {
+            if self.cache.contains(block) {
+                self.cache.pin(block);
+                burst.pinned.push(block);
+            } else {
+                self.load_sectors(block, out);
+                burst.missing.insert(block);
             }
-            self.load_sectors(*block, out);
-            true
-        });
-        burst.missing = missing;
-        if burst.missing.is_empty() && burst.outstanding == 0 {
+        }
+        let loaded = burst.missing.is_empty() && burst.unasked.is_empty();
+        if loaded && burst.outstanding == 0 {
             burst.reads.sort_by_key(|r| (r.offset, r.length));
-            self.build_writes(burst);
+            burst.unbuilt = burst.pages.keys().copied().collect();
             burst.stage = Stage::Write;
         }
     }
@@ -246,7 +167,7 @@ impl Store {
                 _ => None,
             }));
         }
-        burst.missing = sectors.into_iter().collect();
+        burst.unasked = sectors.into_iter().rev().collect();
         offsets.sort_unstable();
         for offset in offsets {
             let block = BLOCK_SIZE as u64;
@@ -316,14 +237,26 @@ impl Store {
         self.burst.active = Some(burst);
     }
 
-    fn build_writes(&mut self, burst: &mut Burst) {
-        let mut dirty: BTreeSet<u32> = BTreeSet::new();
-        let pages = std::mem::take(&mut burst.pages);
-        for (key, plan) in &pages {
-            self.build_page(burst, *key, plan, &mut dirty);
+    /// A block of sectors came: it stays until the burst is done.
+    pub(super) fn burst_sector(&mut self, block: u32) {
+        if let Some(burst) = self.burst.active.as_mut()
+            && burst.missing.remove(&block)
+        {
+            self.cache.pin(block);
+            burst.pinned.push(block);
         }
-        burst.pages = pages;
-        for block in dirty {
+    }
+
+    /// Builds a page's writes; after the last page, those of the sectors. False: there is nothing left.
+    fn build_more(&mut self, burst: &mut Burst) -> bool {
+        if let Some(key) = burst.unbuilt.pop_front() {
+            if let Some(plan) = burst.pages.remove(&key) {
+                self.build_page(burst, key, &plan);
+                burst.pages.insert(key, plan);
+            }
+            return true;
+        }
+        for block in std::mem::take(&mut burst.dirty) {
             let offset = self.sector_block_offset(block);
             if let Some(bytes) = self.cache.bytes(block) {
                 let mut data = SmallVec::new();
@@ -331,6 +264,7 @@ impl Store {
                 burst.writes.push_back((offset, data));
             }
         }
+        !burst.writes.is_empty()
     }
 
     /// The sector of a home page as blocks.
@@ -354,13 +288,7 @@ impl Store {
         blocks
     }
 
-    fn build_page(
-        &mut self,
-        burst: &mut Burst,
-        key: PageKey,
-        plan: &PagePlan,
-        dirty: &mut BTreeSet<u32>,
-    ) {
+    fn build_page(&mut self, burst: &mut Burst, key: PageKey, plan: &PagePlan) {
         let Some(replica) = self.index.by_slot(key.slot) else {
             return;
         };
@@ -458,12 +386,12 @@ impl Store {
             r.home_highest = r.home_highest.max(highest);
         }
         self.cache.update(&sector, self.salt);
-        dirty.insert(physical / SECTORS_PER_BLOCK);
+        burst.dirty.insert(physical / SECTORS_PER_BLOCK);
         let mut left: SmallVec<[u32; 2]> = SmallVec::new();
         if let Some(old) = home.filter(|h| *h != physical) {
             self.cache
                 .update(&PageSector::free(old, self.generation), self.salt);
-            dirty.insert(old / SECTORS_PER_BLOCK);
+            burst.dirty.insert(old / SECTORS_PER_BLOCK);
             left.push(old);
         }
         if empty {
@@ -479,6 +407,10 @@ impl Store {
     fn issue_writes(&mut self, burst: &mut Burst, out: &mut Vec<StoreCommand>) {
         while burst.outstanding < WRITES_IN_FLIGHT_MAX {
             let Some((offset, data)) = burst.writes.pop_front() else {
+                // Page by page, as the device takes them: the thread has others to serve.
+                if self.build_more(burst) {
+                    continue;
+                }
                 return;
             };
             burst.outstanding += 1;

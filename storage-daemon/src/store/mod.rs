@@ -436,6 +436,7 @@ impl Store {
 
     fn on_sector(&mut self, block: u32, bytes: Option<Bytes>, out: &mut Vec<StoreCommand>) {
         self.cache.insert(block, bytes.as_deref(), self.salt);
+        self.burst_sector(block);
         for id in self.sector_waiters.remove(&block).unwrap_or_default() {
             let Some((_, missing)) = self.parked.get_mut(&id) else {
                 continue;

@@ -8,14 +8,16 @@
 //! - Tombstones of freed records are re-logged, or forgotten when R9 allows it: at or below
 //!   `forget_below`, in the oldest layer of the chunk, with the homes beneath them emptied first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use ashlar_proto::ids::{BLOCKS_PER_PAGE, BlockRange, ChunkIndex, SnapshotNumber, Version};
+use ashlar_proto::ids::{
+    BLOCK_SIZE, BLOCKS_PER_PAGE, BlockRange, ChunkIndex, SnapshotNumber, Version,
+};
+use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::Store;
 use super::api::StoreCommand;
-use super::burst::{Burst, Stage};
 use super::index::{BlockKey, NO_PAGE, PageKey, Place};
 use super::sync::SyncAction;
 use super::tombstones::Extent;
@@ -23,7 +25,7 @@ use crate::format::{Record, RecordKind};
 
 /// Pages that one burst may touch: a run of redirects takes few bytes of the log and many pages, and the
 /// disk's thread answers nobody while it plans and builds them.
-const BURST_PAGES_MAX: usize = 1024;
+const BURST_PAGES_MAX: usize = 512;
 
 /// Pages that a range lies in.
 fn pages_touched(range: BlockRange) -> usize {
@@ -66,6 +68,96 @@ pub(super) struct PagePlan {
     pub(super) tombstones: SmallVec<[Extent; 1]>,
     /// The page that it will be in, if it needs a new one.
     pub(super) allocated: Option<u32>,
+}
+
+/// Where a burst is; see `burst`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    Marker,
+    MarkerSync,
+    Load,
+    Write,
+    Settle,
+    Sync,
+    Tail,
+}
+
+/// A part of the log that is read back.
+pub(super) struct LogRead {
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    pub(super) data: Option<Bytes>,
+}
+
+/// How a page ends up.
+pub(super) struct Outcome {
+    pub(super) key: PageKey,
+    /// Where it is now.
+    pub(super) home: Option<u32>,
+    /// Pages that it leaves.
+    pub(super) left: SmallVec<[u32; 2]>,
+}
+
+/// One burst.
+pub(super) struct Burst {
+    /// Last batch that it frees.
+    pub(super) end: u64,
+    /// Last batch that may have superseded something in the run.
+    pub(super) wait: u64,
+    pub(super) stage: Stage,
+    pub(super) pages: BTreeMap<PageKey, PagePlan>,
+    pub(super) touched: Vec<(u32, u32, u32)>,
+    /// Fresh pages that a later redirect replaced.
+    pub(super) dead: Vec<u32>,
+    /// Fresh pages of replicas that were dropped.
+    pub(super) orphans: Vec<u32>,
+    pub(super) loading: bool,
+    pub(super) reads: Vec<LogRead>,
+    pub(super) outstanding: u32,
+    /// Blocks of sectors that are still to be asked for, and those on their way.
+    pub(super) unasked: Vec<u32>,
+    pub(super) missing: BTreeSet<u32>,
+    /// Pages that are still to be built, and the blocks of sectors that the built ones changed.
+    pub(super) unbuilt: VecDeque<PageKey>,
+    pub(super) dirty: BTreeSet<u32>,
+    pub(super) pinned: Vec<u32>,
+    pub(super) writes: VecDeque<(u64, SmallVec<[Bytes; 4]>)>,
+    pub(super) outcomes: Vec<Outcome>,
+}
+
+impl Burst {
+    pub(super) fn new(end: u64) -> Self {
+        Self {
+            end,
+            wait: end,
+            stage: Stage::Marker,
+            pages: BTreeMap::new(),
+            touched: Vec::new(),
+            dead: Vec::new(),
+            orphans: Vec::new(),
+            loading: false,
+            reads: Vec::new(),
+            outstanding: 0,
+            unasked: Vec::new(),
+            missing: BTreeSet::new(),
+            unbuilt: VecDeque::new(),
+            dirty: BTreeSet::new(),
+            pinned: Vec::new(),
+            writes: VecDeque::new(),
+            outcomes: Vec::new(),
+        }
+    }
+
+    pub(super) fn data_at(&self, offset: u64) -> Option<Bytes> {
+        let at = self.reads.partition_point(|r| r.offset <= offset);
+        // Failed reads were split: several entries may begin at or before the offset.
+        self.reads[..at].iter().rev().take(2).find_map(|r| {
+            let start = offset - r.offset;
+            let data = r.data.as_ref()?;
+            (start + BLOCK_SIZE as u64 <= r.length)
+                .then(|| data.slice(start as usize..start as usize + BLOCK_SIZE))
+        })
+    }
 }
 
 /// Whether a burst is under way.
@@ -128,7 +220,11 @@ impl Store {
         let mut end = 0;
         for b in &self.log.batches {
             bytes += b.used;
-            pages += b.records.iter().map(|r| pages_touched(r.range)).sum::<usize>();
+            pages += b
+                .records
+                .iter()
+                .map(|r| pages_touched(r.range))
+                .sum::<usize>();
             let full = bytes > limit || pages > BURST_PAGES_MAX;
             if b.sequence > self.log.durable || (end > 0 && full) {
                 break;
