@@ -56,6 +56,15 @@ pub fn share_of_core(pids: &[u32], over: Duration) -> Result<f64> {
     Ok((sum()? - before) / start.elapsed().as_secs_f64())
 }
 
+/// The load average of the last minute; what others do on the machine spoils the numbers.
+pub fn load_average() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_ascii_whitespace()
+        .next()
+        .and_then(|f| f.parse().ok())
+        .unwrap_or(0.0)
+}
+
 /// What the machine is, for the report.
 pub fn description() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -32,6 +32,9 @@ const STALL_DEATH_SECONDS_MAX: f64 = 0.5;
 const STALL_SILENCE_SECONDS_MAX: f64 = 3.0;
 const RESYNC_LIMIT: Duration = Duration::from_secs(60);
 
+/// A higher load before the start gets a warning.
+const LOAD_MAX: f64 = 0.7;
+
 /// Of `run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
@@ -58,6 +61,8 @@ pub struct RunArgs {
 /// The plan after the defaults.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Plan {
+    /// Of the machine before anything was started.
+    load_average: f64,
     quick: bool,
     seconds: u64,
     rounds: u32,
@@ -82,6 +87,7 @@ type Rounds = BTreeMap<&'static str, Vec<Measurement>>;
 /// Runs the measurements; true unless strict and a row falls short.
 pub fn run(args: &RunArgs) -> Result<bool> {
     let plan = Plan {
+        load_average: machine::load_average(),
         quick: args.quick,
         seconds: args.seconds.unwrap_or(if args.quick { 3 } else { 8 }),
         rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 3 }).max(1),
@@ -105,6 +111,12 @@ fn measure_all(args: &RunArgs, plan: Plan, out: &Path, work: &Path) -> Result<bo
         plan.rounds,
         plan.seconds
     );
+    if plan.load_average > LOAD_MAX {
+        println!(
+            "WARNING: others use this machine (load {:.1}): the numbers say little\n",
+            plan.load_average
+        );
+    }
     let raw_path = work.join("raw.img");
     let raw = Target::File(raw_path.clone());
     precondition(work, "raw", &raw, plan.bytes)?;
@@ -161,6 +173,12 @@ fn report(
     let short = rows.iter().filter(|r| !r.passes).count();
     if short > 0 {
         println!("{short} of {} rows fall short.", rows.len());
+    }
+    if plan.load_average > LOAD_MAX {
+        println!(
+            "WARNING: others used the machine (load {:.1} at the start).",
+            plan.load_average
+        );
     }
     println!("Written: {}, {}", json.display(), svg.display());
     Ok(())
