@@ -5,6 +5,7 @@ mod store_support;
 
 use std::collections::BTreeMap;
 
+use ashlar_platform::clock::Time;
 use ashlar_proto::ids::*;
 use ashlar_proto::wire::BlockState;
 use storage_daemon::store::*;
@@ -127,9 +128,11 @@ fn random_op(m: &mut Model, h: &mut Harness) {
             m.sent(tag, (chunk, first, count, version, true));
         }
         12..=13 => {
-            let first = h.rng.below(40) as u32;
-            let tag = h.request(write(chunk, first, 38, version));
-            m.sent(tag, (chunk, first, 38, version, true));
+            // Whole pages, sometimes with a ragged start.
+            let first = 16 + 16 * h.rng.below(2) as u32 - u32::from(h.rng.below(2) == 0) * 2;
+            let count = 34;
+            let tag = h.request(write(chunk, first, count, version));
+            m.sent(tag, (chunk, first, count, version, true));
         }
         14 => {
             let first = h.rng.below(60) as u32;
@@ -165,9 +168,36 @@ fn random_op(m: &mut Model, h: &mut Harness) {
     m.collect(h);
 }
 
-fn fresh(seed: u64) -> Harness {
-    let disk = TestDisk::formatted(&options(10 << 20, 512 << 10));
-    let mut h = Harness::open(disk, 1, seed);
+/// How the store under test is set up.
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    log_bytes: u64,
+    write_back_percent: u8,
+}
+
+const CALM: Setup = Setup {
+    log_bytes: 512 << 10,
+    write_back_percent: 30,
+};
+/// Write-back follows every flush at once.
+const EAGER: Setup = Setup {
+    log_bytes: 512 << 10,
+    write_back_percent: 0,
+};
+/// The log is full most of the time: freed parts are used again at once.
+const TIGHT: Setup = Setup {
+    log_bytes: 256 << 10,
+    write_back_percent: 60,
+};
+
+fn fresh(seed: u64, setup: Setup) -> Harness {
+    let disk = TestDisk::formatted(&options(10 << 20, setup.log_bytes));
+    let config = StoreConfig {
+        write_back_percent: setup.write_back_percent,
+        ..config()
+    };
+    let mut h = Harness::start_with(config, disk, 1, seed);
+    h.settle();
     h.create(VOLUME, 1);
     h
 }
@@ -180,8 +210,8 @@ fn recover(disk: TestDisk, boot: u8, context: &str) -> Harness {
     h
 }
 
-fn cut_everywhere(seed: u64, operations: u32) {
-    let mut h = fresh(seed);
+fn cut_everywhere(seed: u64, operations: u32, setup: Setup) {
+    let mut h = fresh(seed, setup);
     let mut m = Model::default();
     let mut bursts = 0;
     for op in 0..operations {
@@ -204,7 +234,7 @@ fn cut_everywhere(seed: u64, operations: u32) {
                 2 => Cut::KeepAll,
                 _ => Cut::Sectors(io),
             };
-            let context = format!("seed {seed} io {io} {cut:?}");
+            let context = format!("{setup:?} seed {seed} io {io} {cut:?}");
             let mut after = recover(h.disk.after_power_cut(cut), 2, &context);
             assert!(after.ready.unwrap().incarnation_changed);
             m.check(&mut after, &context);
@@ -233,19 +263,32 @@ fn cut_everywhere(seed: u64, operations: u32) {
     );
 }
 
-use ashlar_platform::clock::Time;
-
 #[test]
 fn power_cut_at_every_io_of_a_workload() {
+    for seed in 1..=3 {
+        cut_everywhere(seed, 160, CALM);
+    }
+}
+
+#[test]
+fn power_cut_at_every_io_of_eager_write_back() {
+    for seed in 1..=3 {
+        cut_everywhere(seed, 120, EAGER);
+    }
+}
+
+#[test]
+fn power_cut_at_every_io_with_a_tight_log() {
     for seed in 1..=2 {
-        cut_everywhere(seed, 160);
+        cut_everywhere(seed, 300, TIGHT);
     }
 }
 
 #[test]
 fn lives_after_lives() {
-    for seed in 1..=12 {
-        let mut h = fresh(seed);
+    for seed in 1..=24 {
+        let setup = [CALM, EAGER, TIGHT][seed as usize % 3];
+        let mut h = fresh(seed, setup);
         let mut m = Model::default();
         for life in 2..8u8 {
             for _ in 0..h.rng.below(90) {
@@ -272,7 +315,7 @@ fn lives_after_lives() {
 
 #[test]
 fn a_power_cut_during_recovery_is_harmless() {
-    let mut h = fresh(5);
+    let mut h = fresh(5, CALM);
     let mut m = Model::default();
     for _ in 0..120 {
         random_op(&mut m, &mut h);

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::*;
-use ashlar_proto::wire::{BlockState, WriteOutcome};
+use ashlar_proto::wire::{self, BlockState, WriteOutcome};
 use storage_daemon::store::*;
 use store_support::*;
 
@@ -218,4 +218,72 @@ fn too_many_requests_are_refused_as_busy() {
         tags.iter()
             .all(|t| matches!(h.replies[t], Ok(_) | Err(StoreError::Busy)))
     );
+}
+
+#[test]
+fn reads_among_writes_in_flight_are_never_bad_and_never_go_back() {
+    for seed in 1..=20 {
+        let config = StoreConfig {
+            write_back_percent: 0,
+            ..config()
+        };
+        let disk = TestDisk::formatted(&options(24 << 20, 512 << 10));
+        let mut h = Harness::start_with(config, disk, 1, seed);
+        h.settle();
+        h.create(VOLUME, 1);
+        let mut reads: BTreeMap<u64, Vec<Version>> = BTreeMap::new();
+        let mut answered = vec![Version::ZERO; 64];
+        let mut writes = BTreeMap::new();
+        for i in 1..=400u64 {
+            let block = h.rng.below(60) as u32;
+            let version = Version::new(1, i);
+            let count = if i % 9 == 0 { 32 } else { 2 };
+            let first = block.min(64 - count);
+            let tag = h.request(write(0, first, count, version));
+            writes.insert(tag, (first, count, version));
+            let read = wire::Read {
+                range: BlockRange::new(ChunkIndex(0), 0, 64).unwrap(),
+                snapshot: SnapshotNumber(0),
+                exact_layer: false,
+            };
+            let tag = h.request(StoreRequest::Read {
+                volume: VOLUME,
+                read,
+            });
+            reads.insert(tag, answered.clone());
+            if i % 20 == 0 {
+                let zero = Version::ZERO;
+                h.request(StoreRequest::Flush {
+                    volume: VOLUME,
+                    watermark: zero,
+                    forget_below: zero,
+                });
+            }
+            h.tick();
+            for _ in 0..h.rng.below(6) {
+                h.one_io();
+                for (tag, result) in std::mem::take(&mut h.replies) {
+                    if let Some((first, count, version)) = writes.remove(&tag) {
+                        result.unwrap();
+                        for b in first..first + count {
+                            answered[b as usize] = answered[b as usize].max(version);
+                        }
+                    } else if let Some(floor) = reads.remove(&tag) {
+                        let Ok(StoreReply::Read(r)) = result else {
+                            panic!("{result:?}")
+                        };
+                        for (b, info) in r.blocks.iter().enumerate() {
+                            assert_ne!(info.state, BlockState::Bad, "seed {seed} write {i}");
+                            assert!(
+                                info.version >= floor[b],
+                                "seed {seed}: an answered write is missing"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        h.settle();
+        assert_eq!(h.bad_reports, 0);
+    }
 }

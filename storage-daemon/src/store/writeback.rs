@@ -198,7 +198,9 @@ impl Store {
         let stuck = !self.queue.is_empty()
             && (self.log.used > self.log.bytes / 4
                 || (self.log.flights() == 0 && self.log.open.is_empty()));
-        let pressure = self.log.used * 100 > self.log.bytes * percent || stuck;
+        // What write-back itself logged again is no reason to go on.
+        let full = self.log.used * 100 > self.log.bytes * percent && self.idle_work();
+        let pressure = full || stuck;
         let idle =
             self.idle_work() && self.now >= self.last_write.after(self.config.idle_write_back);
         if !(pressure || idle) || self.admin.is_dropping() {
