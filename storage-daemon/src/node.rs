@@ -20,7 +20,7 @@ use ashlar_platform::clock::Time;
 use ashlar_platform::reactor::{
     ConnId, DiskIndex, Event, ListenerId, Reactor, ReactorConfig, Waker,
 };
-use ashlar_proto::wire::{Decoded, Direction, decode, encode_reply, encode_request};
+use ashlar_proto::wire::{Decoded, Direction, decode, encode_reply, encode_request, frame_length};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use tokio::sync::{oneshot, watch};
@@ -396,6 +396,9 @@ impl DiskThread {
         }
         let id = ConnectionId(conn.as_u64());
         while self.clients.get(&id).is_some_and(|client| !client.paused) {
+            if self.awaits_frame(conn) {
+                return;
+            }
             match decode(self.reactor.input(conn), Direction::Requests) {
                 Ok(Some(Decoded::Request(request))) => {
                     self.step(EngineEvent::Request { conn: id, request });
@@ -404,6 +407,18 @@ impl DiskThread {
                 Ok(Some(Decoded::Reply(_))) => return self.refuse(conn, "a reply"),
                 Err(error) => return self.refuse(conn, &error.to_string()),
             }
+        }
+    }
+
+    /// Whether a frame is there in part; then the rest will arrive in one piece with it, uncopied.
+    fn awaits_frame(&mut self, conn: ConnId) -> bool {
+        let input = self.reactor.input(conn);
+        match frame_length(input) {
+            Some(length) if input.len() < length => {
+                self.reactor.reserve(conn, length);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -419,6 +434,9 @@ impl DiskThread {
 
     fn on_peer_received(&mut self, conn: ConnId, peer: PeerId) {
         while self.peers.get(&peer) == Some(&conn) {
+            if self.awaits_frame(conn) {
+                return;
+            }
             match decode(self.reactor.input(conn), Direction::Replies) {
                 Ok(Some(Decoded::Reply(reply))) => {
                     self.step(EngineEvent::PeerReply { peer, reply })

@@ -21,8 +21,8 @@ use ashlar_platform::clock::Time;
 use ashlar_platform::reactor::{ConnId, Reactor};
 use ashlar_proto::ids::{ClientId, ClusterId, DiskId, Epoch, Incarnation, RequestId, VolumeId};
 use ashlar_proto::wire::{
-    self, Decoded, Direction, HEADER_LEN, Hello, MAX_META, MAX_PAYLOAD, PROTOCOL_VERSION_MAX,
-    PROTOCOL_VERSION_MIN, Reply, ReplyBody, Request, RequestBody,
+    self, Decoded, Direction, Hello, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Reply, ReplyBody,
+    Request, RequestBody,
 };
 use bytes::Bytes;
 
@@ -339,7 +339,7 @@ impl Links {
         let disk = self.disk_of(conn)?;
         loop {
             let input = reactor.input(conn);
-            if let Some(length) = frame_length(input)
+            if let Some(length) = wire::frame_length(input)
                 && input.len() < length
             {
                 reactor.reserve(conn, length);
@@ -407,18 +407,4 @@ impl Links {
             .get(&disk)
             .is_some_and(|l| l.users.contains(&user))
     }
-}
-
-/// Length that a frame's header announces, before its checksum is looked at: a hint for receiving in one
-/// piece. `None` if the header is not there, or is one that decoding refuses.
-fn frame_length(input: &[u8]) -> Option<usize> {
-    let number = |at: usize| {
-        let bytes: [u8; 4] = input.get(at..at + 4)?.try_into().ok()?;
-        Some(u32::from_le_bytes(bytes) as usize)
-    };
-    if input.len() < HEADER_LEN {
-        return None;
-    }
-    let (fields, data) = (number(48)?, number(52)?);
-    (fields <= MAX_META && data <= MAX_PAYLOAD).then_some(HEADER_LEN + fields + data)
 }

@@ -8,5 +8,6 @@ mod message;
 
 pub use codec::{
     Decoded, Direction, FrameError, HEADER_LEN, MAGIC, decode, encode_reply, encode_request,
+    frame_length,
 };
 pub use message::*;
