@@ -6,6 +6,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "proto/metadata.proto",
         "proto/daemon.proto",
+        "proto/node.proto",
         "proto/raft.proto",
     ];
     let descriptors = protox::compile(files, ["proto"])?;

@@ -17,6 +17,11 @@ pub mod daemon {
     tonic::include_proto!("ashlar.daemon.v1");
 }
 
+/// `ashlar.node.v1`: attaching volumes on a node (`nbd-client`'s local service).
+pub mod node {
+    tonic::include_proto!("ashlar.node.v1");
+}
+
 /// `ashlar.raft.v1`: transport between metadata members.
 pub mod raft {
     tonic::include_proto!("ashlar.raft.v1");

@@ -214,6 +214,7 @@ async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
         groups: args.groups.unwrap_or(0),
         labels: args.labels.iter().cloned().collect(),
         preferred_node: args.preferred_node.clone().unwrap_or_default(),
+        require_preferred_node: false,
     };
     let doing = format!("create the volume {:?}", args.name);
     let mut volume = context

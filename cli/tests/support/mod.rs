@@ -301,6 +301,18 @@ impl Metadata for Service {
     ) -> Answer<pb::ChangeReplicasResponse> {
         unused()
     }
+    async fn publish_volume(&self, _: Request<pb::PublishVolumeRequest>) -> Answer<pb::Volume> {
+        unused()
+    }
+    async fn unpublish_volume(&self, _: Request<pb::UnpublishVolumeRequest>) -> Answer<pb::Volume> {
+        unused()
+    }
+    async fn set_volume_format(
+        &self,
+        _: Request<pb::SetVolumeFormatRequest>,
+    ) -> Answer<pb::Volume> {
+        unused()
+    }
     async fn rebuild_replica(
         &self,
         request: Request<pb::RebuildReplicaRequest>,

@@ -32,6 +32,9 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         opened_once: volume.opened_once,
         snapshot_number: volume.snapshot.0,
         revision: volume.revision,
+        publications: Vec::new(),
+        format: None,
+        readers: Vec::new(),
         created_unix_ms: volume.created_unix_ms,
         labels: volume.labels.clone().into_iter().collect(),
     }

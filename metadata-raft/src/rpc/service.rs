@@ -78,6 +78,9 @@ routed! {
     open_volume: pb::OpenVolumeRequest => pb::OpenVolumeResponse;
     close_volume: pb::CloseVolumeRequest => pb::Volume;
     change_replicas: pb::ChangeReplicasRequest => pb::ChangeReplicasResponse;
+    publish_volume: pb::PublishVolumeRequest => pb::Volume;
+    unpublish_volume: pb::UnpublishVolumeRequest => pb::Volume;
+    set_volume_format: pb::SetVolumeFormatRequest => pb::Volume;
     rebuild_replica: pb::RebuildReplicaRequest => pb::Volume;
     move_replica: pb::MoveReplicaRequest => pb::Volume;
 }

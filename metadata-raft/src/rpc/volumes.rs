@@ -166,6 +166,24 @@ impl Member {
         Ok(pb::DeleteVolumeResponse {})
     }
 
+    pub(super) async fn publish_volume(&self, _: pb::PublishVolumeRequest) -> Result<pb::Volume> {
+        Err(Status::unimplemented("publish_volume").into())
+    }
+
+    pub(super) async fn unpublish_volume(
+        &self,
+        _: pb::UnpublishVolumeRequest,
+    ) -> Result<pb::Volume> {
+        Err(Status::unimplemented("unpublish_volume").into())
+    }
+
+    pub(super) async fn set_volume_format(
+        &self,
+        _: pb::SetVolumeFormatRequest,
+    ) -> Result<pb::Volume> {
+        Err(Status::unimplemented("set_volume_format").into())
+    }
+
     pub(super) async fn open_volume(
         &self,
         request: pb::OpenVolumeRequest,

@@ -176,6 +176,9 @@ unserved! {
     list_volumes(ListVolumesRequest) -> ListVolumesResponse;
     resize_volume(ResizeVolumeRequest) -> Volume;
     delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse;
+    publish_volume(PublishVolumeRequest) -> Volume;
+    unpublish_volume(UnpublishVolumeRequest) -> Volume;
+    set_volume_format(SetVolumeFormatRequest) -> Volume;
     rebuild_replica(RebuildReplicaRequest) -> Volume;
     move_replica(MoveReplicaRequest) -> Volume;
 }
