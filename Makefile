@@ -2,7 +2,7 @@
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
-PROGRAMS := -p metadata-raft -p storage-daemon -p nbd-client -p ashlar-cli -p ashlar-bench
+PROGRAMS := -p metadata-raft -p storage-daemon -p nbd-client -p csi-driver -p ashlar-cli -p ashlar-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo check test bench bench-quick fmt clean-dev

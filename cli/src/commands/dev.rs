@@ -1,5 +1,6 @@
 //! `ashlar dev`: a development cluster on this machine.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -74,6 +75,9 @@ pub struct UpArgs {
     /// First of the ports [default: free ones are looked for]
     #[arg(long)]
     base_port: Option<u16>,
+    /// Address to listen on: without TLS, so only where nobody else can reach it [default: 127.0.0.1]
+    #[arg(long)]
+    address: Option<IpAddr>,
     /// Write all of each new disk file first: as on a used disk, and for measurements
     #[arg(long)]
     preallocate: bool,
@@ -94,6 +98,7 @@ impl UpArgs {
             disks_per_daemon: self.disks_per_daemon.unwrap_or(1),
             disk_size_bytes: self.disk_size.unwrap_or(DISK_SIZE_DEFAULT),
             base_port: self.base_port.unwrap_or(0),
+            address: self.address.unwrap_or(Ipv4Addr::LOCALHOST.into()),
         };
         if spec.members.is_multiple_of(2) {
             return Err(CliError::usage("a Raft cluster has 1, 3 or 5 members"));
@@ -105,14 +110,14 @@ impl UpArgs {
             )));
         }
         if self.base_port.is_none() {
-            spec.base_port = free_ports(spec.port_count())?;
+            spec.base_port = free_ports(spec.address, spec.port_count())?;
             return Ok(spec);
         }
         let count = u16::try_from(spec.port_count())
             .ok()
             .filter(|count| spec.base_port > 0 && spec.base_port.checked_add(*count).is_some())
             .ok_or_else(|| CliError::usage("--base-port leaves too few ports above it"))?;
-        if let Some(port) = first_taken(spec.base_port, count) {
+        if let Some(port) = first_taken(spec.address, spec.base_port, count) {
             return Err(CliError::conflict(format!("port {port} is taken"))
                 .hint(format!("the cluster needs {count} ports in a row; without --base-port free ones are looked for")));
         }
@@ -142,6 +147,10 @@ impl UpArgs {
             (
                 "--base-port",
                 self.base_port.is_some_and(|v| v != existing.base_port),
+            ),
+            (
+                "--address",
+                self.address.is_some_and(|v| v != existing.address),
             ),
         ];
         match differs.iter().find(|(_, differs)| *differs) {

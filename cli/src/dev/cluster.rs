@@ -1,7 +1,7 @@
 //! The life of a development cluster: made, started, watched until it is ready, stopped, deleted.
 
 use std::io::Write as _;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -400,7 +400,12 @@ fn write_zeros(path: &Path, bytes: u64) -> std::io::Result<()> {
 }
 
 /// Finds a run of free ports.
-pub fn free_ports(count: u32) -> Result<u16> {
+pub fn free_ports(address: IpAddr, count: u32) -> Result<u16> {
+    if let Err(error) = TcpListener::bind((address, 0)) {
+        return Err(CliError::usage(format!(
+            "cannot listen on {address}: {error}"
+        )));
+    }
     // Different users and runs start at different places, so that they rarely meet.
     let span = u32::from(PORT_LAST - PORT_FIRST);
     let start = std::process::id().wrapping_mul(97) % span;
@@ -411,7 +416,7 @@ pub fn free_ports(count: u32) -> Result<u16> {
         if u32::from(base) + u32::from(count) > u32::from(PORT_LAST) {
             base = PORT_FIRST;
         }
-        match first_taken(base, count) {
+        match first_taken(address, base, count) {
             None => return Ok(base),
             Some(port) => base = port + 1,
         }
@@ -423,9 +428,8 @@ pub fn free_ports(count: u32) -> Result<u16> {
 }
 
 /// The first port of a run that cannot be listened on.
-pub fn first_taken(base: u16, count: u16) -> Option<u16> {
-    (base..base.saturating_add(count))
-        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_err())
+pub fn first_taken(address: IpAddr, base: u16, count: u16) -> Option<u16> {
+    (base..base.saturating_add(count)).find(|port| TcpListener::bind((address, *port)).is_err())
 }
 
 #[cfg(test)]
@@ -435,10 +439,12 @@ mod tests {
 
     #[test]
     fn a_taken_port_is_not_chosen() {
-        let base = free_ports(8).unwrap();
-        assert!(first_taken(base, 8).is_none());
-        let held = TcpListener::bind((Ipv4Addr::LOCALHOST, base + 3)).unwrap();
-        assert_eq!(first_taken(base, 8), Some(base + 3));
+        let loopback = IpAddr::from([127, 0, 0, 1]);
+        let base = free_ports(loopback, 8).unwrap();
+        assert!(first_taken(loopback, base, 8).is_none());
+        let held = TcpListener::bind((loopback, base + 3)).unwrap();
+        assert_eq!(first_taken(loopback, base, 8), Some(base + 3));
         drop(held);
+        assert!(free_ports(IpAddr::from([192, 0, 2, 1]), 8).is_err());
     }
 }

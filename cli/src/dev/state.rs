@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,13 @@ pub struct Spec {
     pub disk_size_bytes: u64,
     /// First port; the others follow.
     pub base_port: u16,
+    /// Address that all listen on; loopback, unless the cluster has a network namespace to itself.
+    #[serde(default = "loopback")]
+    pub address: IpAddr,
+}
+
+fn loopback() -> IpAddr {
+    Ipv4Addr::LOCALHOST.into()
 }
 
 impl Spec {
@@ -47,13 +55,17 @@ impl Spec {
         self.members + self.daemons * self.ports_per_daemon()
     }
 
-    fn port(&self, offset: u32) -> u32 {
-        u32::from(self.base_port) + offset
+    fn at(&self, offset: u32) -> String {
+        let port = u32::from(self.base_port) + offset;
+        match self.address {
+            IpAddr::V4(address) => format!("{address}:{port}"),
+            IpAddr::V6(address) => format!("[{address}]:{port}"),
+        }
     }
 
     /// Address of a member, from 1.
     pub fn member_address(&self, member: u32) -> String {
-        format!("127.0.0.1:{}", self.port(member - 1))
+        self.at(member - 1)
     }
 
     /// Addresses of all members.
@@ -64,13 +76,13 @@ impl Spec {
     /// Administration address of a daemon, from 1.
     pub fn admin_address(&self, daemon: u32) -> String {
         let offset = self.members + (daemon - 1) * self.ports_per_daemon();
-        format!("127.0.0.1:{}", self.port(offset))
+        self.at(offset)
     }
 
     /// First data address of a daemon; its further disks follow.
     pub fn data_address(&self, daemon: u32) -> String {
         let offset = self.members + (daemon - 1) * self.ports_per_daemon() + 1;
-        format!("127.0.0.1:{}", self.port(offset))
+        self.at(offset)
     }
 
     /// Names of all processes, in the order in which they start.
@@ -216,6 +228,7 @@ mod tests {
             disks_per_daemon: 2,
             disk_size_bytes: 1 << 30,
             base_port: 21000,
+            address: loopback(),
         }
     }
 

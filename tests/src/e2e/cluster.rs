@@ -19,6 +19,8 @@ pub struct ClusterSpec {
     pub disk_size: &'static str,
     /// Network namespace to run in.
     pub namespace: Option<String>,
+    /// Address to listen on, in a namespace of the test's own.
+    pub address: &'static str,
 }
 
 impl Default for ClusterSpec {
@@ -28,6 +30,7 @@ impl Default for ClusterSpec {
             daemons: 3,
             disk_size: "2GiB",
             namespace: None,
+            address: "127.0.0.1",
         }
     }
 }
@@ -58,6 +61,8 @@ impl Cluster {
             &cluster.spec.daemons.to_string(),
             "--disk-size",
             cluster.spec.disk_size,
+            "--address",
+            cluster.spec.address,
         ]);
         cluster
     }

@@ -1,0 +1,130 @@
+//! Puts the services together on the socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tonic::transport::Server;
+
+use crate::attach::Attacher;
+use crate::controller::ControllerService;
+use crate::identity::IdentityService;
+use crate::listener::{ListenError, connections, listen};
+use crate::metadata::{BadAddress, Metadata};
+use crate::node::{NodeOptions, NodeService};
+use crate::rpc::controller_server::ControllerServer;
+use crate::rpc::identity_server::IdentityServer;
+use crate::rpc::node_server::NodeServer;
+
+/// Largest request that is read: capabilities and maps are bounded, so this is plenty.
+const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Requests at a time on one connection.
+const CONCURRENT_MAX: u32 = 256;
+/// HTTP/2 pings, so that a client that is gone is noticed.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+/// Pause before the node's registration is tried again.
+const REGISTER_PAUSE: Duration = Duration::from_secs(5);
+
+/// What is served.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The socket.
+    pub socket: PathBuf,
+    /// Metadata members, `host:port`.
+    pub metadata: Vec<String>,
+    /// As in `csi.ashlar.io`.
+    pub driver_name: String,
+    /// Whether the Controller service is served.
+    pub controller: bool,
+    /// The Node service, if it is served.
+    pub node: Option<NodeConfig>,
+}
+
+/// Of the Node service.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The node.
+    pub options: NodeOptions,
+    /// Socket of nbd-client.
+    pub nbd_socket: PathBuf,
+}
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address is none.
+    #[error(transparent)]
+    Address(#[from] BadAddress),
+    /// No socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The path of nbd-client's socket is none.
+    #[error("--nbd-socket {0}: {1}")]
+    NbdSocket(PathBuf, #[source] tonic::transport::Error),
+    /// The server failed.
+    #[error("serve: {0}")]
+    Server(#[from] tonic::transport::Error),
+}
+
+/// Serves until `shutdown`; requests that are under way are finished.
+pub async fn serve(
+    options: Options,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let metadata = Metadata::new(&options.metadata)?;
+    let identity = IdentityService::new(options.driver_name.clone(), options.controller);
+    let controller = options
+        .controller
+        .then(|| ControllerService::new(metadata.clone()));
+    let node = match options.node {
+        None => None,
+        Some(config) => Some(node(config, metadata)?),
+    };
+    let listener = listen(&options.socket).await?;
+    if let Some(node) = node.clone() {
+        tokio::spawn(register(node));
+    }
+    let router =
+        Server::builder()
+            .max_concurrent_streams(Some(CONCURRENT_MAX))
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .add_service(IdentityServer::new(identity))
+            .add_optional_service(controller.map(|service| {
+                ControllerServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
+            }))
+            .add_optional_service(node.map(|service| {
+                NodeServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
+            }));
+    tracing::info!(
+        driver = options.driver_name,
+        controller = options.controller,
+        socket = %options.socket.display(),
+        "serving CSI"
+    );
+    router
+        .serve_with_incoming_shutdown(connections(listener), shutdown)
+        .await?;
+    remove(&options.socket);
+    Ok(())
+}
+
+fn node(config: NodeConfig, metadata: Metadata) -> Result<NodeService, ServeError> {
+    let attacher = Attacher::new(&config.nbd_socket)
+        .map_err(|e| ServeError::NbdSocket(config.nbd_socket.clone(), e))?;
+    Ok(NodeService::new(config.options, metadata, attacher))
+}
+
+/// Makes the node known, so that volumes can be published to it before anybody asks for its topology.
+async fn register(node: NodeService) {
+    while let Err(error) = node.register().await {
+        tracing::warn!(%error, "this node is not registered yet; trying again");
+        tokio::time::sleep(REGISTER_PAUSE).await;
+    }
+}
+
+fn remove(socket: &Path) {
+    if let Err(error) = std::fs::remove_file(socket)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, socket = %socket.display(), "the socket is left behind");
+    }
+}
