@@ -8,6 +8,8 @@ pub mod boot;
 pub mod buffer;
 pub mod clock;
 pub mod disk;
+#[cfg(feature = "observe")]
+pub mod observe;
 pub mod random;
 pub mod reactor;
 pub mod sim;
