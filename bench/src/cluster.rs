@@ -185,9 +185,23 @@ impl Server {
         })
     }
 
-    /// `nbd-client serve` for some (volume, socket).
-    pub fn nbd_client(metadata: &str, exports: &[(String, PathBuf)], log: &Path) -> Result<Self> {
-        let mut arguments = vec!["serve".to_owned(), "--metadata".into(), metadata.to_owned()];
+    /// `nbd-client serve` for some (volume, socket), as on the machine of the first daemon: that one is
+    /// reached over its unix socket, the others over TCP.
+    pub fn nbd_client(
+        cluster: &Cluster,
+        exports: &[(String, PathBuf)],
+        log: &Path,
+    ) -> Result<Self> {
+        let sockets = cluster.directory.join("run/node-1");
+        let mut arguments = vec![
+            "serve".to_owned(),
+            "--metadata".into(),
+            cluster.metadata.clone(),
+            "--node".into(),
+            "node-1".into(),
+            "--local-sockets".into(),
+            sockets.display().to_string(),
+        ];
         for (volume, socket) in exports {
             let _ = std::fs::remove_file(socket);
             arguments.extend(["--volume".to_owned(), volume.clone()]);

@@ -124,11 +124,7 @@ pub fn run(args: &DemoArgs) -> Result<bool> {
         &size,
     ])?;
     let exports = [(VOLUME.to_owned(), socket.clone())];
-    let client = Server::nbd_client(
-        &cluster.metadata,
-        &exports,
-        &directory.join("nbd-client.log"),
-    )?;
+    let client = Server::nbd_client(&cluster, &exports, &directory.join("nbd-client.log"))?;
     let target = Target::Nbd {
         socket,
         export: VOLUME.to_owned(),

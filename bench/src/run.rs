@@ -306,7 +306,7 @@ impl Ashlar {
         ])?;
         let socket = sockets.join("bench.sock");
         let exports = [(VOLUME.to_owned(), socket.clone())];
-        let client = Server::nbd_client(&cluster.metadata, &exports, &work.join("nbd-client.log"))?;
+        let client = Server::nbd_client(&cluster, &exports, &work.join("nbd-client.log"))?;
         Ok(Self {
             client,
             cluster,
@@ -455,11 +455,7 @@ impl Ashlar {
             cluster.ashlar(&["volume", "create", &name, "--size", IDLE_VOLUME_SIZE])?;
             exports.push((name, sockets.join(format!("{n}.sock"))));
         }
-        let client = Server::nbd_client(
-            &cluster.metadata,
-            &exports,
-            &work.join("nbd-client-idle.log"),
-        )?;
+        let client = Server::nbd_client(&cluster, &exports, &work.join("nbd-client-idle.log"))?;
         let mut pids = cluster.pids("")?;
         pids.push(client.pid());
         // Opening has its aftermath (write-back, watches); then it is idle.

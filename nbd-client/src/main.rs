@@ -55,6 +55,10 @@ struct Serve {
     /// Name of the node of the storage daemon on this machine: its replicas are read first.
     #[arg(long, env = "ASHLAR_NODE")]
     node: Option<String>,
+    /// Directory in which storage daemons on this machine have a unix socket per disk (their option of the
+    /// same name): used instead of TCP for the disks found there.
+    #[arg(long, value_name = "DIR", env = "ASHLAR_LOCAL_SOCKETS")]
+    local_sockets: Option<PathBuf>,
     /// Serve statistics on this unix socket: one JSON line per line received.
     #[arg(long, value_name = "PATH")]
     stats_socket: Option<PathBuf>,
@@ -149,6 +153,7 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
         force: options.force,
         threads: usize::from(options.threads),
         node: options.node,
+        local_sockets: options.local_sockets,
         stats_socket: options.stats_socket,
         close_timeout: Duration::from_secs(options.close_timeout),
     };

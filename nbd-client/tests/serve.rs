@@ -55,6 +55,7 @@ impl Cluster {
             force: false,
             threads: 1,
             node: None,
+            local_sockets: None,
             stats_socket: Some(self.directory.path().join("stats.sock")),
             close_timeout: Duration::from_secs(10),
         }

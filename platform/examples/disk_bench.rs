@@ -69,6 +69,7 @@ fn main() {
                         let mut data = reactor.buffers().take(size);
                         data[0] = submitted as u8;
                         DiskCommand::Write {
+                            durable: false,
                             token,
                             offset,
                             data: smallvec![data.freeze()],

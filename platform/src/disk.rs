@@ -41,6 +41,8 @@ pub enum DiskCommand {
         offset: u64,
         /// What to write.
         data: SmallVec<[Bytes; 4]>,
+        /// Complete only when these bytes are on stable storage (RWF_DSYNC); says nothing of other writes.
+        durable: bool,
     },
     /// fdatasync.
     Sync {

@@ -325,7 +325,15 @@ impl Reactor {
     /// is received in one piece with at most one copy of what is there.
     pub fn reserve(&mut self, conn: ConnId, total: usize) {
         if let Some(connection) = self.connections.get_mut(conn.slot, conn.generation) {
-            connection.input.reserve(total);
+            connection.input.reserve(total, None);
+        }
+    }
+
+    /// As [`Reactor::reserve`], with the byte at `aligned_at` of the frame aligned to 4 KiB in memory where
+    /// that can be had without another copy: for data that go to a disk from where they are.
+    pub fn reserve_aligned(&mut self, conn: ConnId, total: usize, aligned_at: usize) {
+        if let Some(connection) = self.connections.get_mut(conn.slot, conn.generation) {
+            connection.input.reserve(total, Some(aligned_at));
         }
     }
 

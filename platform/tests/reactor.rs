@@ -525,6 +525,7 @@ fn disks_read_what_was_written_whatever_the_alignment() {
         reactor.disk(
             disk,
             DiskCommand::Write {
+                durable: false,
                 token: IoToken(i as u64),
                 offset,
                 data,
@@ -565,6 +566,7 @@ fn disks_discard_and_refuse_to_read_beyond_their_end() {
     reactor.disk(
         disk,
         DiskCommand::Write {
+            durable: false,
             token: IoToken(1),
             offset: 0,
             data,
@@ -637,6 +639,7 @@ fn a_reactor_can_be_dropped_with_everything_in_flight() {
             reactor.disk(
                 disk,
                 DiskCommand::Write {
+                    durable: false,
                     token: IoToken(i),
                     offset: i * 65536,
                     data,
@@ -727,6 +730,7 @@ fn empty_disk_commands_succeed_and_misplaced_ones_fail() {
     reactor.disk(
         disk,
         DiskCommand::Write {
+            durable: false,
             token: IoToken(2),
             offset: 0,
             data: smallvec![],
@@ -744,6 +748,7 @@ fn empty_disk_commands_succeed_and_misplaced_ones_fail() {
     reactor.disk(
         disk,
         DiskCommand::Write {
+            durable: false,
             token: IoToken(4),
             offset: 0,
             data: odd,

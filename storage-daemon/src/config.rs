@@ -70,6 +70,8 @@ pub struct ServeConfig {
     pub data_listen: DataListen,
     /// The address that others reach this node by, where it listens on all.
     pub advertise: Option<IpAddr>,
+    /// Where each disk has a unix socket as well.
+    pub local_sockets: Option<PathBuf>,
     /// Disks of the command line.
     pub disks: Vec<PathBuf>,
     /// Cache of page metadata per disk, in bytes.

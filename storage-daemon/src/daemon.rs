@@ -218,6 +218,7 @@ impl Daemon {
         let config = DiskThreadConfig {
             path: path.to_owned(),
             listen: SocketAddr::new(self.config.data_listen.ip, entry.port.unwrap_or(0)),
+            local_sockets: self.config.local_sockets.clone(),
             store: StoreConfig {
                 cache_bytes: self.config.cache_bytes,
                 ..StoreConfig::default()

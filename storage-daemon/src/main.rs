@@ -70,6 +70,9 @@ struct Serve {
     /// A formatted disk: file or block device. May be repeated; more can be added while it runs.
     #[arg(long = "disk")]
     disks: Vec<PathBuf>,
+    /// Serve each disk on a unix socket in this directory as well, for nbd-client on the same machine.
+    #[arg(long, value_name = "DIR", env = "ASHLAR_LOCAL_SOCKETS")]
+    local_sockets: Option<PathBuf>,
     /// Cache of page metadata per disk, in MiB.
     #[arg(long, default_value_t = 128)]
     cache_mib: usize,
@@ -199,6 +202,7 @@ fn serve(arguments: Serve) -> anyhow::Result<()> {
         admin_listen: arguments.admin_listen,
         data_listen: arguments.data_listen,
         advertise: arguments.advertise,
+        local_sockets: arguments.local_sockets,
         disks,
         cache_bytes: arguments.cache_mib << 20,
     };

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -20,6 +21,7 @@ use ashlar_platform::clock::Time;
 use ashlar_platform::reactor::{
     ConnId, DiskIndex, Event, ListenerId, Reactor, ReactorConfig, Waker,
 };
+use ashlar_proto::ids::DiskId;
 use ashlar_proto::wire::{Decoded, Direction, decode, encode_reply, encode_request, frame_length};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
@@ -56,6 +58,8 @@ pub struct DiskThreadConfig {
     pub path: PathBuf,
     /// Where to listen; port 0 for any.
     pub listen: SocketAddr,
+    /// Where to listen on a unix socket as well, `DISK-ID.sock` in this directory.
+    pub local_sockets: Option<PathBuf>,
     /// The store's bounds.
     pub store: StoreConfig,
 }
@@ -256,11 +260,12 @@ struct Client {
 struct DiskThread {
     path: PathBuf,
     listen: SocketAddr,
+    local_sockets: Option<PathBuf>,
     reactor: Reactor,
     disk: DiskIndex,
     engine: DiskEngine<Store>,
     publish: watch::Sender<DiskState>,
-    listener: Option<ListenerId>,
+    listeners: Vec<ListenerId>,
     clients: FxHashMap<ConnectionId, Client>,
     peers: FxHashMap<PeerId, ConnId>,
     peer_of: FxHashMap<ConnId, PeerId>,
@@ -297,11 +302,12 @@ impl DiskThread {
         Ok(Self {
             path,
             listen: config.listen,
+            local_sockets: config.local_sockets,
             reactor,
             disk,
             engine: DiskEngine::new(store),
             publish,
-            listener: None,
+            listeners: Vec::new(),
             clients: FxHashMap::default(),
             peers: FxHashMap::default(),
             peer_of: FxHashMap::default(),
@@ -414,8 +420,9 @@ impl DiskThread {
     fn awaits_frame(&mut self, conn: ConnId) -> bool {
         let input = self.reactor.input(conn);
         match frame_length(input) {
-            Some(length) if input.len() < length => {
-                self.reactor.reserve(conn, length);
+            Some(length) if input.len() < length.total => {
+                let (total, payload_at) = (length.total, length.payload_at);
+                self.reactor.reserve_aligned(conn, total, payload_at);
                 true
             }
             _ => false,
@@ -457,10 +464,10 @@ impl DiskThread {
         loop {
             match control.try_recv() {
                 Ok(Control { request, answer }) => {
-                    if request == AdminRequest::Stop
-                        && let Some(listener) = self.listener.take()
-                    {
-                        self.reactor.close_listener(listener);
+                    if request == AdminRequest::Stop {
+                        for listener in self.listeners.drain(..) {
+                            self.reactor.close_listener(listener);
+                        }
                     }
                     self.admin_next += 1;
                     let tag = self.admin_next;
@@ -581,7 +588,8 @@ impl DiskThread {
         });
         match listening {
             Ok((listener, address)) => {
-                self.listener = Some(listener);
+                self.listeners.push(listener);
+                self.serve_locally(identity.disk);
                 tracing::info!(disk = %identity.disk, path = %self.path.display(), %address,
                     incarnation = identity.incarnation.0, new_incarnation = identity.incarnation_changed,
                     bad_blocks = identity.bad_blocks, "serving a disk");
@@ -589,6 +597,25 @@ impl DiskThread {
                     .send_replace(DiskState::Serving { identity, address });
             }
             Err(error) => self.fail(format!("cannot listen on {}: {error}", self.listen)),
+        }
+    }
+
+    /// Clients on this machine get a unix socket; they can do without.
+    fn serve_locally(&mut self, disk: DiskId) {
+        let Some(directory) = &self.local_sockets else {
+            return;
+        };
+        let socket = directory.join(format!("{disk}.sock"));
+        let listening = std::fs::create_dir_all(directory)
+            .and_then(|()| self.reactor.listen_unix(&socket))
+            .and_then(|listener| {
+                self.listeners.push(listener);
+                // Whoever may open it may do what a client may do.
+                std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
+            });
+        if let Err(error) = listening {
+            tracing::warn!(path = %socket.display(), %error,
+                "cannot serve a disk on a unix socket; clients use TCP");
         }
     }
 

@@ -31,6 +31,7 @@ struct Disk {
 
 fn start(path: &Path, port: u16) -> (DiskHandle, StoreIdentity, SocketAddr) {
     let handle = DiskHandle::start(DiskThreadConfig {
+        local_sockets: None,
         path: path.to_owned(),
         listen: SocketAddr::from(([127, 0, 0, 1], port)),
         store: StoreConfig::default(),

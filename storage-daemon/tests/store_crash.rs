@@ -3,7 +3,7 @@
 
 mod store_support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::*;
@@ -32,6 +32,8 @@ struct Model {
     /// Updates under way or answered but not flushed: tag -> what.
     answered: Vec<Op>,
     pending: BTreeMap<u64, Op>,
+    /// Of these, the writes that count as flushed when they are answered.
+    durable: BTreeSet<u64>,
     /// Flush tags with what had been answered when they were sent.
     flushes: BTreeMap<u64, Vec<Op>>,
     sequence: u64,
@@ -55,15 +57,22 @@ impl Model {
             result.unwrap();
             if let Some(op) = self.pending.remove(&tag) {
                 self.answered.push(op);
-            } else if let Some(ops) = self.flushes.remove(&tag) {
-                for (chunk, first, count, version, data) in ops {
-                    for b in first..first + count {
-                        let e = self.blocks.get_mut(&(chunk, b)).unwrap();
-                        if version > e.flushed.0 {
-                            e.flushed = (version, data);
-                        }
-                    }
+                if self.durable.remove(&tag) {
+                    self.flushed(op);
                 }
+            } else if let Some(ops) = self.flushes.remove(&tag) {
+                for op in ops {
+                    self.flushed(op);
+                }
+            }
+        }
+    }
+
+    fn flushed(&mut self, (chunk, first, count, version, data): Op) {
+        for b in first..first + count {
+            let e = self.blocks.get_mut(&(chunk, b)).unwrap();
+            if version > e.flushed.0 {
+                e.flushed = (version, data);
             }
         }
     }
@@ -102,6 +111,7 @@ impl Model {
     /// After a crash what is there is the new truth.
     fn rebase(&mut self, h: &mut Harness) {
         self.pending.clear();
+        self.durable.clear();
         self.flushes.clear();
         self.answered.clear();
         for chunk in 0..CHUNKS {
@@ -124,7 +134,13 @@ fn random_op(m: &mut Model, h: &mut Harness) {
         0..=11 => {
             let first = h.rng.below(u64::from(BLOCKS) - 4) as u32;
             let count = 1 + h.rng.below(4) as u32;
-            let tag = h.request(write(chunk, first, count, version));
+            let mut request = write(chunk, first, count, version);
+            let durable = h.rng.below(3) == 0;
+            if let StoreRequest::Write { write, .. } = &mut request {
+                write.durable = durable;
+            }
+            let tag = h.request(request);
+            m.durable.extend(durable.then_some(tag));
             m.sent(tag, (chunk, first, count, version, true));
         }
         12..=13 => {
@@ -244,19 +260,19 @@ fn cut_everywhere(seed: u64, operations: u32, setup: Setup) {
                 assert!(!after.ready.unwrap().incarnation_changed, "{context}");
                 // Nothing that was answered is lost when only the process dies.
                 let mut strict = m.clone();
-                for (chunk, first, count, version, data) in m.answered.clone() {
-                    for b in first..first + count {
-                        let e = strict.blocks.get_mut(&(chunk, b)).unwrap();
-                        if version > e.flushed.0 {
-                            e.flushed = (version, data);
-                        }
-                    }
+                for op in m.answered.clone() {
+                    strict.flushed(op);
                 }
                 strict.check(&mut after, &context);
             }
         }
         bursts = h.store.stats().write_backs;
     }
+    let stats = h.store.stats();
+    assert!(
+        stats.durable_batches > 0 && stats.syncs > stats.durable_batches,
+        "both ways to make a write durable: {stats:?}"
+    );
     assert!(
         bursts >= 2,
         "the workload must reach write-back, had {bursts}"

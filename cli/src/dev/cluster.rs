@@ -173,6 +173,12 @@ impl DevCluster {
             spec.admin_address(daemon),
             "--data-listen".into(),
             spec.data_address(daemon),
+            // Each daemon stands for a machine of its own.
+            "--local-sockets".into(),
+            self.directory
+                .join(format!("run/node-{daemon}"))
+                .display()
+                .to_string(),
         ];
         for disk in 1..=spec.disks_per_daemon {
             arguments.push("--disk".into());

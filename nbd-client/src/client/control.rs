@@ -54,6 +54,8 @@ pub struct ServeConfig {
     pub node: Option<String>,
     /// Where to serve statistics.
     pub stats_socket: Option<PathBuf>,
+    /// Where storage daemons on this machine have a unix socket per disk.
+    pub local_sockets: Option<PathBuf>,
     /// Time for an orderly end.
     pub close_timeout: Duration,
 }
@@ -125,6 +127,7 @@ pub async fn serve(
             number,
             client,
             drain_timeout: config.close_timeout / DRAIN_PARTS,
+            local_sockets: config.local_sockets.clone(),
         };
         workers.push(spawn_worker(settings, control.clone()).map_err(ServeError::Reactor)?);
     }

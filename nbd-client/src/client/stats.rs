@@ -60,6 +60,8 @@ pub struct VolumeStats {
     pub longest_request_us: u64,
     /// Flushes started to bound retained writes.
     pub background_flushes: u64,
+    /// Flushes for which no replica had to be asked.
+    pub flushes_spared: u64,
     /// Replicas excluded.
     pub exclusions: u64,
     /// Rebuild targets promoted.
@@ -187,6 +189,7 @@ pub(super) fn volume_stats(
         longest_stall_us: microseconds(stall),
         longest_request_us: microseconds(request),
         background_flushes: s.background_flushes,
+        flushes_spared: s.flushes_spared,
         exclusions: s.exclusions,
         promotions: s.promotions,
         bad_blocks_found: s.bad_blocks_found,

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub struct WorkerConfig {
     pub client: ClientId,
     /// At shutdown, time for requests under way to be answered.
     pub drain_timeout: Duration,
+    /// Where daemons on this machine have a unix socket per disk.
+    pub local_sockets: Option<PathBuf>,
 }
 
 /// A running worker.
@@ -140,7 +143,7 @@ impl Worker {
         inbox: mpsc::Receiver<ToWorker>,
         control: mpsc::Sender<FromWorker>,
     ) -> Self {
-        let links = Links::new(config.client);
+        let links = Links::new(config.client, config.local_sockets.clone());
         Self {
             config,
             reactor,

@@ -385,6 +385,8 @@ pub struct SessionStats {
     pub written_bytes: u64,
     /// Flushes started to bound retained writes.
     pub background_flushes: u64,
+    /// Flushes for which nobody had to be asked.
+    pub flushes_spared: u64,
     /// Replicas excluded (R4).
     pub exclusions: u64,
     /// Rebuild targets promoted (R7).

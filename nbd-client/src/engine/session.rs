@@ -18,7 +18,7 @@ use super::api::{
     SessionStats, StopReason,
 };
 use super::exclude::Change;
-use super::flush::FlushRun;
+use super::flush::{FlushRun, Rhythm};
 use super::op::Op;
 use super::read::ReadSlot;
 use super::replica::{Group, Outstanding, Peer, Purpose};
@@ -117,7 +117,8 @@ pub struct Session {
     pub(super) flush: Option<FlushRun>,
     pub(super) flush_number: u64,
     pub(super) flush_waiters: Vec<u64>,
-    /// Something was acknowledged since the last flush began.
+    pub(super) rhythm: Rhythm,
+    /// Something was acknowledged since the last flush began, and is not durable by itself.
     pub(super) dirty: bool,
     /// Everything at or below it is durable on every in-sync replica.
     pub(super) confirmed: Version,
@@ -171,6 +172,7 @@ impl Session {
             flush: None,
             flush_number: 0,
             flush_waiters: Vec::new(),
+            rhythm: Rhythm::default(),
             dirty: false,
             confirmed: Version::ZERO,
             retained: VecDeque::new(),

@@ -100,6 +100,8 @@ impl WriteSlot {
 impl Session {
     /// A client's write of any byte range.
     pub(super) fn begin_write(&mut self, op: Key, offset: u64, data: &Payload, fua: bool) {
+        let expects_flush = self.rhythm.write() && self.writes.is_empty();
+        let durable = fua || expects_flush;
         let end = offset + payload_len(data) as u64;
         let mut position = offset;
         while position < end {
@@ -118,10 +120,10 @@ impl Session {
                     range_at(position, take),
                     version,
                     body,
-                    fua,
+                    durable,
                 );
             } else {
-                self.begin_rmw(op, position, part, fua);
+                self.begin_rmw(op, position, part, durable);
             }
             position += take;
         }
@@ -337,7 +339,7 @@ impl Session {
             .covers(slot.wanted(group).without(group.in_sync));
         if owner != WriteOwner::Replay {
             self.window.settle(version);
-            self.dirty = true;
+            self.dirty |= !durable;
             if !durable {
                 let retained = Retained {
                     group: slot.group,

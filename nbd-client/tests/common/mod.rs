@@ -239,6 +239,7 @@ impl Server {
             number: 0,
             client: ClientId::generate(),
             drain_timeout: std::time::Duration::from_secs(5),
+            local_sockets: None,
         };
         let worker = spawn_worker(config, control).unwrap();
         let setup = VolumeSetup {

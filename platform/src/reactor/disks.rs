@@ -37,9 +37,14 @@ pub(super) struct Disk {
 
 enum Work {
     Read(AlignedBuffer),
-    Write(SmallVec<[Bytes; 4]>),
+    Write {
+        data: SmallVec<[Bytes; 4]>,
+        durable: bool,
+    },
     Sync,
-    Discard { length: u64 },
+    Discard {
+        length: u64,
+    },
 }
 
 pub(super) struct Operation {
@@ -99,6 +104,7 @@ impl Operation {
                 token,
                 offset,
                 data,
+                ..
             } => (*token, *offset, data.iter().map(Bytes::len).sum()),
             DiskCommand::Discard { token, offset, .. } => (*token, *offset, 0),
             DiskCommand::Sync { token } => (*token, 0, 0),
@@ -112,7 +118,10 @@ impl Operation {
         }
         let work = match command {
             DiskCommand::Read { .. } => Work::Read(pool.take(length)),
-            DiskCommand::Write { data, .. } => Work::Write(aligned(file, data, length, pool)),
+            DiskCommand::Write { data, durable, .. } => Work::Write {
+                data: aligned(file, data, length, pool),
+                durable,
+            },
             DiskCommand::Discard { length, .. } => Work::Discard { length },
             DiskCommand::Sync { .. } => Work::Sync,
         };
@@ -145,18 +154,21 @@ impl Operation {
                 .offset(offset)
                 .build())
             }
-            Work::Write(data) => {
+            Work::Write { data, durable } => {
+                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
                 if let [only] = &data[..] {
                     let rest = &only[self.done..];
                     let (start, length) = (rest.as_ptr(), rest.len().min(TRANSFER_MAX) as u32);
                     return entry!(disk, |file| opcode::Write::new(file, start, length)
                         .offset(offset)
+                        .rw_flags(flags)
                         .build());
                 }
                 fill_vectors(&mut self.vectors, data, self.done);
                 let (start, count) = (self.vectors.as_ptr(), self.vectors.len() as u32);
                 entry!(disk, |file| opcode::Writev::new(file, start, count)
                     .offset(offset)
+                    .rw_flags(flags)
                     .build())
             }
             Work::Sync => entry!(disk, |file| opcode::Fsync::new(file)

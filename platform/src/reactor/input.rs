@@ -13,18 +13,21 @@
 //!
 //! Copies happen only when the landing part runs out in the middle of a frame: then the partial frame
 //! moves to a new allocation, big enough for what the consumer `reserve`d. The size of landing parts
-//! follows the frames seen, so that frames of 1 MiB arrive whole. Used-up allocations are kept and used
+//! follows the frames seen, so that frames of 1 MiB arrive whole. A consumer can ask that a place in the
+//! frame be aligned in memory, so that a device takes the data from there as they are. Used-up allocations are kept and used
 //! again when nobody refers to them any more, which spares page faults.
 #![expect(unsafe_code, reason = "the kernel fills the spare capacity")]
 
 use std::collections::VecDeque;
 
-use bytes::BytesMut;
+use bytes::{Buf as _, BufMut as _, BytesMut};
 
 /// A receive is not started into less than this.
 const SPARE_MIN: usize = 64 * 1024;
 /// Room beyond a reserved frame, for the beginning of the next one.
 const SLACK: usize = 16 * 1024;
+/// Alignment of the place that a consumer asks to be aligned: what any device wants.
+const ALIGNMENT: usize = 4096;
 /// Largest size that landing parts grow to by themselves.
 const TARGET_MAX: usize = 4 * 1024 * 1024;
 /// Largest frame that a consumer can reserve.
@@ -45,6 +48,8 @@ pub(super) struct Input {
     in_flight: bool,
     /// Total bytes of the frame that the consumer waits for; 0: unknown.
     wanted: usize,
+    /// What is so far from the start of an allocation is to be aligned in memory.
+    aligned_at: Option<usize>,
     /// Size of the next allocation.
     target: usize,
     reserved_since: bool,
@@ -58,6 +63,7 @@ impl Input {
             landing_size: 0,
             in_flight: false,
             wanted: 0,
+            aligned_at: None,
             target,
             reserved_since: false,
         }
@@ -67,8 +73,10 @@ impl Input {
         self.in_flight
     }
 
-    /// The consumer waits for `total` bytes in one piece.
-    pub fn reserve(&mut self, total: usize) {
+    /// The consumer waits for `total` bytes in one piece, with the byte at `aligned_at` aligned if it can be
+    /// had. Later frames are expected to be alike.
+    pub fn reserve(&mut self, total: usize, aligned_at: Option<usize>) {
+        self.aligned_at = aligned_at;
         self.wanted = total.min(RESERVE_MAX);
         self.reserved_since = true;
         self.target = self.target.max((self.wanted + SLACK).min(TARGET_MAX));
@@ -84,6 +92,7 @@ impl Input {
             self.received = BytesMut::new();
             // No matter if it cannot: what remains of it is checked below.
             let _ = self.landing.try_reclaim(self.landing_size);
+            self.align();
         }
         let missing = self.wanted.saturating_sub(have);
         if self.landing.capacity() < missing.max(SPARE_MIN) {
@@ -95,6 +104,17 @@ impl Input {
             spare.as_mut_ptr().cast(),
             u32::try_from(spare.len()).unwrap_or(u32::MAX),
         )
+    }
+
+    /// Moves the start of the landing part to where `aligned_at` bytes further is aligned.
+    fn align(&mut self) {
+        let Some(at) = self.aligned_at else { return };
+        let start = self.landing.as_ptr() as usize + at;
+        let pad = start.next_multiple_of(ALIGNMENT) - start;
+        if pad > 0 && self.landing.capacity() > pad + self.wanted.max(SPARE_MIN) {
+            self.landing.put_bytes(0, pad);
+            self.landing.advance(pad);
+        }
     }
 
     fn replace(&mut self, have: usize, retired: &mut Retired) {
@@ -112,16 +132,18 @@ impl Input {
         } else {
             frame.max(self.target)
         };
-        let (mut fresh, fresh_size) = retired.take(size);
-        if have > 0 {
-            fresh.extend_from_slice(&self.received);
-            self.received = fresh.split();
-        }
+        let slack = self.aligned_at.map_or(0, |_| ALIGNMENT);
+        let (fresh, fresh_size) = retired.take(size + slack);
         retired.put(
             std::mem::replace(&mut self.landing, fresh),
             self.landing_size,
         );
         self.landing_size = fresh_size;
+        self.align();
+        if have > 0 {
+            self.landing.extend_from_slice(&self.received);
+            self.received = self.landing.split();
+        }
     }
 
     /// The receive ended with `count` bytes.

@@ -4,6 +4,7 @@
 //! - A Write takes effect when it completes. Until a Sync that was submitted after its completion
 //!   succeeds, a power cut may lose it or keep any subset of its 512-byte sectors; writes that were
 //!   still under way at the cut likewise. Sectors are never mixed within themselves.
+//! - A durable Write is on the medium when it completes; nothing else is because of it.
 //! - When only the process dies, completed writes stay (the machine still runs); those under way have
 //!   happened wholly, in part (any subset of 4096-byte blocks) or not at all.
 //! - A failed Write has happened in any subset of its sectors. After a failed Sync everything that was
@@ -186,10 +187,22 @@ impl Image {
 
 #[derive(Clone, Debug)]
 enum Operation {
-    Read { offset: u64, length: usize },
-    Write { offset: u64, data: Bytes },
-    Sync { covers: u64 },
-    Discard { offset: u64, length: u64 },
+    Read {
+        offset: u64,
+        length: usize,
+    },
+    Write {
+        offset: u64,
+        data: Bytes,
+        durable: bool,
+    },
+    Sync {
+        covers: u64,
+    },
+    Discard {
+        offset: u64,
+        length: u64,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -288,6 +301,7 @@ impl SimDisk {
                 token,
                 offset,
                 data,
+                durable,
             } => {
                 let mut joined = BytesMut::with_capacity(data.iter().map(Bytes::len).sum());
                 data.iter().for_each(|part| joined.extend_from_slice(part));
@@ -297,6 +311,7 @@ impl SimDisk {
                     Operation::Write {
                         offset,
                         data: joined.freeze(),
+                        durable,
                     },
                     blocks,
                 )
@@ -316,6 +331,9 @@ impl SimDisk {
         };
         let base = match operation {
             Operation::Sync { .. } => self.config.sync_ns,
+            Operation::Write { durable: true, .. } => {
+                self.config.latency_ns + blocks * self.config.block_ns + self.config.sync_ns
+            }
             _ => self.config.latency_ns + blocks * self.config.block_ns,
         };
         let jitter = self.rng.between(0, self.config.jitter_ns);
@@ -356,7 +374,7 @@ impl SimDisk {
     /// The process that used the disk died; the machine lives.
     pub fn crash_process(&mut self) {
         for operation in std::mem::take(&mut self.in_flight).into_values() {
-            if let Operation::Write { offset, data } = operation.operation {
+            if let Operation::Write { offset, data, .. } = operation.operation {
                 self.apply_in_part(offset, &data, BLOCK);
             }
         }
@@ -382,7 +400,7 @@ impl SimDisk {
             }
         }
         for operation in under_way.into_values() {
-            if let (Operation::Write { offset, data }, 2..) = (operation.operation, style) {
+            if let (Operation::Write { offset, data, .. }, 2..) = (operation.operation, style) {
                 self.tear(&mut durable, offset, &data, SECTOR);
             }
         }
@@ -433,7 +451,17 @@ impl SimDisk {
     fn execute(&mut self, operation: Operation) -> io::Result<Bytes> {
         match operation {
             Operation::Read { offset, length } => self.read(offset, length),
-            Operation::Write { offset, data } => self.write(offset, &data),
+            Operation::Write {
+                offset,
+                data,
+                durable,
+            } => {
+                let result = self.write(offset, &data)?;
+                if durable {
+                    self.harden(offset, data.len() as u64);
+                }
+                Ok(result)
+            }
             Operation::Sync { covers } => self.sync(covers),
             Operation::Discard { offset, length } => {
                 self.check(offset, length)?;
@@ -485,6 +513,18 @@ impl SimDisk {
         self.apply(offset, data.clone());
         self.stats.writes += 1;
         Ok(Bytes::new())
+    }
+
+    /// What the cache holds of a range becomes durable, in order.
+    fn harden(&mut self, offset: u64, length: u64) {
+        let durable = &mut self.durable;
+        self.cache.retain(|w| {
+            let overlaps = w.offset < offset + length && offset < w.offset + w.data.len() as u64;
+            if overlaps {
+                durable.write(w.offset, &w.data);
+            }
+            !overlaps
+        });
     }
 
     fn apply(&mut self, offset: u64, data: Bytes) {
@@ -568,6 +608,7 @@ mod tests {
         disk.submit(
             Time(0),
             DiskCommand::Write {
+                durable: false,
                 token: IoToken(token),
                 offset,
                 data,

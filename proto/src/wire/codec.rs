@@ -114,16 +114,28 @@ impl Header {
     }
 }
 
+/// Size of a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameLength {
+    /// Bytes of all of it.
+    pub total: usize,
+    /// Where its payload begins.
+    pub payload_at: usize,
+}
+
 /// Bytes of the frame at the front of `input`, if its header is whole and its checksum right; else `decode`
 /// says what is wrong. For receivers that make room for the rest of the frame without a copy.
-pub fn frame_length(input: &[u8]) -> Option<usize> {
+pub fn frame_length(input: &[u8]) -> Option<FrameLength> {
     let header = input.first_chunk::<HEADER_LEN>()?;
     let number = |at: usize| header[at..at + 4].try_into().ok().map(u32::from_le_bytes);
     if number(0)? != MAGIC || number(HEADER_LEN - 4)? != crc32c::crc32c(&header[..HEADER_LEN - 4]) {
         return None;
     }
     let (fields, data) = (number(48)? as usize, number(52)? as usize);
-    (fields <= MAX_META && data <= MAX_PAYLOAD).then_some(HEADER_LEN + fields + data)
+    (fields <= MAX_META && data <= MAX_PAYLOAD).then_some(FrameLength {
+        total: HEADER_LEN + fields + data,
+        payload_at: HEADER_LEN + fields,
+    })
 }
 
 /// Takes one whole frame off the front of `input`, or says with `Ok(None)` that more bytes are needed

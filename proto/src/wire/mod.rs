@@ -7,7 +7,7 @@ mod fields;
 mod message;
 
 pub use codec::{
-    Decoded, Direction, FrameError, HEADER_LEN, MAGIC, decode, encode_reply, encode_request,
-    frame_length,
+    Decoded, Direction, FrameError, FrameLength, HEADER_LEN, MAGIC, decode, encode_reply,
+    encode_request, frame_length,
 };
 pub use message::*;

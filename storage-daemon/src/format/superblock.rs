@@ -57,7 +57,7 @@ impl Geometry {
             .unwrap_or_else(|| (size_bytes / (64 << 20)).clamp(16, 4096) as u32)
             .max(1);
         let log_bytes = log_bytes
-            .unwrap_or_else(|| (size_bytes / 32).clamp(8 << 20, LOG_BYTES_DEFAULT_MAX))
+            .unwrap_or_else(|| (size_bytes / 16).clamp(8 << 20, LOG_BYTES_DEFAULT_MAX))
             .max(LOG_BYTES_MIN);
         let log_bytes = round_up(log_bytes, BLOCK_SIZE as u64);
         let sectors_offset = SLOTS_OFFSET + u64::from(slot_count) * SLOT_BYTES as u64;

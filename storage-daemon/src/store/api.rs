@@ -74,7 +74,7 @@ impl Default for StoreConfig {
             queue_bytes_max: 64 << 20,
             batches_in_flight_max: 8,
             batch_bytes_max: 1 << 20,
-            write_back_burst_bytes: 4 << 20,
+            write_back_burst_bytes: 32 << 20,
             write_back_percent: 50,
             idle_write_back: Duration::from_millis(2000),
             marker_delay: Duration::from_millis(20),
@@ -357,6 +357,8 @@ pub struct StoreStats {
     pub replicas: u32,
     /// Log batches written.
     pub batches: u64,
+    /// Of these, written durably instead of being followed by a sync.
+    pub durable_batches: u64,
     /// Blocks written through the log.
     pub log_blocks: u64,
     /// Pages written directly.

@@ -416,6 +416,7 @@ impl Store {
             burst.outstanding += 1;
             let token = self.token(Target::BurstWrite);
             out.push(StoreCommand::Disk(DiskCommand::Write {
+                durable: false,
                 token,
                 offset,
                 data,
@@ -443,10 +444,8 @@ impl Store {
             {
                 r.redirect = NO_PAGE;
             }
-            for (i, batch, _) in &plan.blocks {
-                self.index
-                    .retire(key.block(*i), *batch, &mut self.allocator);
-            }
+            let entries = plan.blocks.iter().map(|(i, batch, _)| (*i, *batch));
+            self.index.retire(*key, entries, &mut self.allocator);
         }
         for outcome in &burst.outcomes {
             self.release_left(outcome);

@@ -6,7 +6,8 @@
 //!   when its state is home and the log record is freed.
 //! - The effects of a log record here do not depend on what is in home pages, so that replay
 //!   reproduces them (`apply_*` serve both).
-//! - `PageRef::entries` counts the overlay entries of a page; `reserved` says that one page is promised.
+//! - The overlay is kept page by page: an entry per redirected page, not sixteen, and one look-up per page.
+//!   `PageRef::reserved` says that one page is promised; a page without entries is not in the map.
 //! - `home_highest` is at least the highest version in any home page of the replica.
 
 use std::collections::BTreeMap;
@@ -42,6 +43,11 @@ pub(super) struct PageKey {
 }
 
 impl BlockKey {
+    /// Its place within its page.
+    pub(super) fn index(self) -> u8 {
+        (self.block % BLOCKS_PER_PAGE as u16) as u8
+    }
+
     pub(super) fn page(self) -> PageKey {
         let page = (self.block / BLOCKS_PER_PAGE as u16) as u8;
         PageKey {
@@ -87,13 +93,82 @@ pub(super) struct Overlay {
     pub(super) place: Place,
 }
 
+/// A redirected write of a whole page.
+#[derive(Clone, Debug)]
+struct Whole {
+    /// Blocks whose newest state it is, a bit each; never 0.
+    live: u16,
+    batch: u64,
+    version: Version,
+    physical: u32,
+    checksums: [u32; BLOCKS_PER_PAGE as usize],
+}
+
 /// What the overlay holds of one page.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct PageRef {
-    pub(super) entries: u16,
     pub(super) reserved: bool,
     /// Newest fresh page of a redirected write, or `NO_PAGE`.
     pub(super) redirect: u32,
+    whole: Option<Box<Whole>>,
+    /// By block; none that `whole` has.
+    blocks: SmallVec<[(u8, Overlay); 1]>,
+}
+
+impl PageRef {
+    const EMPTY: Self = Self {
+        reserved: false,
+        redirect: NO_PAGE,
+        whole: None,
+        blocks: SmallVec::new_const(),
+    };
+
+    fn get(&self, block: u8) -> Option<Overlay> {
+        if let Some((_, entry)) = self.blocks.iter().find(|(b, _)| *b == block) {
+            return Some(*entry);
+        }
+        let whole = self.whole.as_deref()?;
+        (whole.live & 1 << block != 0).then(|| Overlay {
+            batch: whole.batch,
+            version: whole.version,
+            checksum: whole.checksums[usize::from(block)],
+            place: Place::Page(whole.physical),
+        })
+    }
+
+    fn put(&mut self, block: u8, entry: Overlay) {
+        match self.blocks.iter_mut().find(|(b, _)| *b == block) {
+            Some((_, old)) => *old = entry,
+            None => {
+                self.bury(block);
+                self.blocks.push((block, entry));
+            }
+        }
+    }
+
+    /// The redirected write is no longer a block's newest state.
+    fn bury(&mut self, block: u8) {
+        if let Some(whole) = &mut self.whole {
+            whole.live &= !(1 << block);
+            if whole.live == 0 {
+                self.whole = None;
+            }
+        }
+    }
+
+    fn retire(&mut self, block: u8, batch: u64) {
+        if let Some(at) = self.blocks.iter().position(|(b, _)| *b == block) {
+            if self.blocks[at].1.batch == batch {
+                self.blocks.swap_remove(at);
+            }
+        } else if self.whole.as_ref().is_some_and(|w| w.batch == batch) {
+            self.bury(block);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.whole.is_none() && self.blocks.is_empty()
+    }
 }
 
 /// Home pages of one layer of a chunk: a bitmap of those present, and their numbers in order.
@@ -234,7 +309,6 @@ pub(super) struct Index {
     pub(super) replicas: Vec<Option<Box<Replica>>>,
     pub(super) by_volume: FxHashMap<VolumeId, u32>,
     pub(super) by_number: FxHashMap<u64, u32>,
-    pub(super) overlay: FxHashMap<BlockKey, Overlay>,
     pub(super) pages: FxHashMap<PageKey, PageRef>,
     pub(super) tombstones: u64,
 }
@@ -279,7 +353,6 @@ impl Index {
             pages.extend(layer.pages.iter().map(|(_, p)| p));
             self.tombstones -= layer.tombstones.len() as u64;
         }
-        self.overlay.retain(|k, _| k.slot != slot);
         self.pages.retain(|k, r| {
             if k.slot == slot && r.reserved {
                 allocator.unreserve();
@@ -297,74 +370,69 @@ impl Index {
         }
     }
 
-    fn put(&mut self, key: BlockKey, entry: Overlay) {
-        let fresh = self.overlay.insert(key, entry).is_none();
-        let r = self.pages.entry(key.page()).or_insert(PageRef {
-            entries: 0,
-            reserved: false,
-            redirect: NO_PAGE,
-        });
-        r.entries += u16::from(fresh);
+    /// The newest state of a block that is in the log.
+    pub(super) fn overlay(&self, key: BlockKey) -> Option<Overlay> {
+        self.pages.get(&key.page())?.get(key.index())
+    }
+
+    fn page_ref(&mut self, key: PageKey) -> &mut PageRef {
+        self.pages.entry(key).or_insert(PageRef::EMPTY)
     }
 
     /// A Data record (or one block of it) takes effect.
     pub(super) fn apply_data(&mut self, key: BlockKey, entry: Overlay, allocator: &mut Allocator) {
-        if self.needs_reservation(key.page()) {
+        let reserve = self.needs_reservation(key.page());
+        let page = self.page_ref(key.page());
+        page.put(key.index(), entry);
+        if reserve {
             allocator.reserve();
-            self.put(key, entry);
-            if let Some(r) = self.pages.get_mut(&key.page()) {
-                r.reserved = true;
-            }
-        } else {
-            self.put(key, entry);
+            page.reserved = true;
         }
-        self.uncover(key, entry.version);
+        self.uncover(key, 1, entry.version);
     }
 
-    /// Removes a tombstone over a block that is now at `version`, unless the version alone beats it.
-    fn uncover(&mut self, key: BlockKey, version: Version) {
-        let Some(replica) = self.replicas[key.slot as usize].as_deref_mut() else {
+    /// Removes tombstones over blocks that are now at `version`, unless the version alone beats them.
+    fn uncover(&mut self, first: BlockKey, count: u16, version: Version) {
+        let Some(replica) = self.replicas[first.slot as usize].as_deref_mut() else {
             return;
         };
-        let chunk = replica.note(key.chunk, version);
-        let layer = chunk.layer_mut(key.layer);
-        if layer
-            .tombstones
-            .covering(key.block)
-            .is_some_and(|e| e.version >= version)
-        {
-            let before = layer.tombstones.len();
-            layer.tombstones.punch(key.block);
-            self.tombstones = self.tombstones + layer.tombstones.len() as u64 - before as u64;
+        let layer = replica.note(first.chunk, version).layer_mut(first.layer);
+        let before = layer.tombstones.len();
+        if before == 0 {
+            return;
         }
+        for block in first.block..first.block + count {
+            let covering = layer.tombstones.covering(block);
+            if covering.is_some_and(|e| e.version >= version) {
+                layer.tombstones.punch(block);
+            }
+        }
+        self.tombstones = self.tombstones + layer.tombstones.len() as u64 - before as u64;
     }
 
     /// A Redirect record takes effect.
     pub(super) fn apply_redirect(
         &mut self,
         key: PageKey,
-        entry: Overlay,
+        (batch, version): (u64, Version),
         physical: u32,
-        checksums: &[u32],
+        checksums: &[u32; BLOCKS_PER_PAGE as usize],
         allocator: &mut Allocator,
     ) {
-        for (i, checksum) in checksums.iter().enumerate() {
-            let block = key.block(i as u8);
-            self.put(
-                block,
-                Overlay {
-                    checksum: *checksum,
-                    ..entry
-                },
-            );
-            self.uncover(block, entry.version);
+        let page = self.page_ref(key);
+        page.blocks.clear();
+        page.whole = Some(Box::new(Whole {
+            live: u16::MAX,
+            batch,
+            version,
+            physical,
+            checksums: *checksums,
+        }));
+        page.redirect = physical;
+        if std::mem::take(&mut page.reserved) {
+            allocator.unreserve();
         }
-        if let Some(r) = self.pages.get_mut(&key) {
-            r.redirect = physical;
-            if std::mem::take(&mut r.reserved) {
-                allocator.unreserve();
-            }
-        }
+        self.uncover(key.block(0), BLOCKS_PER_PAGE as u16, version);
     }
 
     /// An Erase record takes effect on one block.
@@ -375,8 +443,8 @@ impl Index {
             checksum: 0,
             place: Place::Erased,
         };
-        self.put(key, entry);
-        self.uncover(key, Version::ZERO);
+        self.page_ref(key.page()).put(key.index(), entry);
+        self.uncover(key, 1, Version::ZERO);
     }
 
     /// A Trim record takes effect. Log entries that it beats become erasures: they go on hiding a home
@@ -399,6 +467,12 @@ impl Index {
         let before = tombstones.len() as u64;
         tombstones.insert(range.first, range.end(), version, batch);
         self.tombstones = self.tombstones + tombstones.len() as u64 - before;
+        let erased = Overlay {
+            batch,
+            version: Version::ZERO,
+            checksum: 0,
+            place: Place::Erased,
+        };
         let mut block = range.first;
         while block < range.end() {
             let key = BlockKey {
@@ -409,19 +483,14 @@ impl Index {
             };
             let page_end = (block / BLOCKS_PER_PAGE as u16 + 1) * BLOCKS_PER_PAGE as u16;
             let end = page_end.min(range.end());
-            if self.pages.contains_key(&key.page()) {
+            if let Some(page) = self.pages.get_mut(&key.page()) {
                 for block in block..end {
-                    let key = BlockKey { block, ..key };
-                    if let Some(o) = self.overlay.get_mut(&key)
-                        && o.version < version
-                        && o.place != Place::Erased
+                    let index = BlockKey { block, ..key }.index();
+                    if page
+                        .get(index)
+                        .is_some_and(|o| o.version < version && o.place != Place::Erased)
                     {
-                        *o = Overlay {
-                            batch,
-                            version: Version::ZERO,
-                            checksum: 0,
-                            place: Place::Erased,
-                        };
+                        page.put(index, erased);
                     }
                 }
             }
@@ -429,20 +498,24 @@ impl Index {
         }
     }
 
-    /// Drops an overlay entry whose state is home now, if it is still the one of `batch`.
-    pub(super) fn retire(&mut self, key: BlockKey, batch: u64, allocator: &mut Allocator) {
-        if self.overlay.get(&key).is_none_or(|o| o.batch != batch) {
+    /// Drops overlay entries of a page whose state is home now, each if it is still the one of its batch.
+    pub(super) fn retire(
+        &mut self,
+        key: PageKey,
+        entries: impl Iterator<Item = (u8, u64)>,
+        allocator: &mut Allocator,
+    ) {
+        let Some(page) = self.pages.get_mut(&key) else {
             return;
+        };
+        for (block, batch) in entries {
+            page.retire(block, batch);
         }
-        self.overlay.remove(&key);
-        if let Some(r) = self.pages.get_mut(&key.page()) {
-            r.entries -= 1;
-            if r.entries == 0 {
-                if r.reserved {
-                    allocator.unreserve();
-                }
-                self.pages.remove(&key.page());
+        if page.is_empty() {
+            if page.reserved {
+                allocator.unreserve();
             }
+            self.pages.remove(&key);
         }
     }
 }

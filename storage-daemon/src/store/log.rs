@@ -4,6 +4,7 @@
 //! - `tail batch .. head` is one contiguous circular run of `used` bytes; a batch never wraps.
 //! - Batches complete in order: `completed` is the highest such that it and all before it are on the
 //!   device, redirected data included. Acknowledgements follow `completed`.
+//! - A batch is written durably only when all before it are durable; then it is, once it completes.
 //! - `durable <= completed`; `marker <= durable` is the highest claim that a durable batch carries.
 //! - What clients ask leaves `reserve` bytes free: write-back's own records always fit.
 
@@ -105,6 +106,8 @@ impl OpenBatch {
 struct Flight {
     sequence: u64,
     pending: u32,
+    /// Its write is on stable storage when it is done.
+    durable: bool,
     acks: Vec<Ack>,
 }
 
@@ -114,6 +117,8 @@ pub(super) struct Submission {
     /// Relative to the log.
     pub(super) offset: u64,
     pub(super) data: SmallVec<[Bytes; 4]>,
+    /// To be written to stable storage.
+    pub(super) durable: bool,
 }
 
 /// See the module.
@@ -228,6 +233,11 @@ impl Log {
             "the log's reserve covers write-back"
         );
         let sequence = self.next_sequence;
+        // Somebody waits for a sync, and everything that recovery needs before this batch is durable: one
+        // durable write does what a write and a sync would.
+        let durable = self.durable == self.last_sequence
+            && open.redirects == 0
+            && open.acks.iter().any(|a| a.durable);
         let header = BatchHeader {
             sequence,
             previous_sequence: self.last_sequence,
@@ -259,6 +269,7 @@ impl Log {
         self.flights.push_back(Flight {
             sequence,
             pending: 1 + open.redirects,
+            durable,
             acks: open.acks,
         });
         self.used += waste + total;
@@ -270,6 +281,7 @@ impl Log {
             sequence,
             offset,
             data,
+            durable,
         }
     }
 
@@ -301,6 +313,9 @@ impl Log {
         while self.flights.front().is_some_and(|f| f.pending == 0) {
             if let Some(mut flight) = self.flights.pop_front() {
                 self.completed = flight.sequence;
+                if flight.durable {
+                    self.synced(flight.sequence);
+                }
                 if due.is_empty() {
                     due = flight.acks;
                 } else {

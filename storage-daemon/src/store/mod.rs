@@ -61,7 +61,8 @@ const READS_MAX: usize = 16 * 1024;
 /// What a completion belongs to.
 #[derive(Clone, Copy, Debug)]
 enum Target {
-    Batch(u64),
+    /// A batch of this sequence; whether it is written durably.
+    Batch(u64, bool),
     Redirect(u64),
     Read {
         job: u64,
@@ -356,13 +357,13 @@ impl Store {
                 None
             }
         };
-        self.sync.dirty |= is_write && !matches!(target, Target::Sync);
+        self.sync.dirty |= is_write && !matches!(target, Target::Sync | Target::Batch(_, true));
         self.dispatch(target, bytes, out);
     }
 
     fn dispatch(&mut self, target: Target, bytes: Option<Bytes>, out: &mut Vec<StoreCommand>) {
         match target {
-            Target::Batch(sequence) | Target::Redirect(sequence) => {
+            Target::Batch(sequence, _) | Target::Redirect(sequence) => {
                 let due = self.log.complete(sequence);
                 self.settle(due, out);
                 self.wake_batch_waiters(out);
@@ -383,7 +384,7 @@ impl Store {
     /// Sends answers whose batch is complete, after a sync where that is asked for.
     fn settle(&mut self, due: Vec<Ack>, out: &mut Vec<StoreCommand>) {
         for ack in due {
-            if ack.durable {
+            if ack.durable && self.log.durable < self.log.completed {
                 self.want_sync(SyncAction::Reply(ack.tag, ack.answer), out);
             } else {
                 Self::reply(out, ack.tag, Ok(ack.answer.into_reply()));
@@ -483,11 +484,14 @@ impl Store {
         }
         let submission = self.log.close();
         self.stats.batches += 1;
-        let token = self.token(Target::Batch(submission.sequence));
+        let durable = submission.durable;
+        let token = self.token(Target::Batch(submission.sequence, durable));
+        self.stats.durable_batches += u64::from(durable);
         out.push(StoreCommand::Disk(DiskCommand::Write {
             token,
             offset: self.geometry.log_offset + submission.offset,
             data: submission.data,
+            durable,
         }));
         true
     }

@@ -86,7 +86,7 @@ impl Store {
             batch: e.batch,
             ..ABSENT
         });
-        if let Some(overlay) = self.index.overlay.get(&key) {
+        if let Some(overlay) = self.index.overlay(key) {
             let (version, checksum, batch) = (overlay.version, overlay.checksum, overlay.batch);
             let found = Resolved {
                 version,

@@ -8,8 +8,6 @@
 
 use std::collections::BTreeSet;
 
-use ashlar_proto::ids::BLOCKS_PER_PAGE;
-
 use super::Store;
 use super::index::{BlockKey, Overlay, Place};
 use super::log::BatchInfo;
@@ -104,16 +102,9 @@ impl Store {
                 physical,
                 checksums,
             } => {
-                let entry = Overlay {
-                    batch,
-                    version: record.version,
-                    checksum: 0,
-                    place: Place::Page(*physical),
-                };
-                debug_assert_eq!(checksums.len(), BLOCKS_PER_PAGE as usize);
-                let page = key(record.range.first).page();
+                let (page, origin) = (key(record.range.first).page(), (batch, record.version));
                 self.index
-                    .apply_redirect(page, entry, *physical, checksums, &mut self.allocator);
+                    .apply_redirect(page, origin, *physical, checksums, &mut self.allocator);
             }
             RecordKind::Trim => {
                 self.index

@@ -138,6 +138,7 @@ impl Store {
         debug_assert!(data.len().is_multiple_of(SECTOR));
         let token = self.token(target);
         out.push(StoreCommand::Disk(DiskCommand::Write {
+            durable: false,
             token,
             offset,
             data: smallvec![data],

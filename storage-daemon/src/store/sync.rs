@@ -151,6 +151,7 @@ impl Store {
             let token = self.token(Target::Superblock);
             let data = smallvec![block.clone()];
             out.push(StoreCommand::Disk(DiskCommand::Write {
+                durable: false,
                 token,
                 offset,
                 data,

@@ -25,7 +25,7 @@ use crate::format::{Record, RecordKind};
 
 /// Pages that one burst may touch: a run of redirects takes few bytes of the log and many pages, and the
 /// disk's thread answers nobody while it plans and builds them.
-const BURST_PAGES_MAX: usize = 512;
+const BURST_PAGES_MAX: usize = 4096;
 
 /// Pages that a range lies in.
 fn pages_touched(range: BlockRange) -> usize {
@@ -326,7 +326,7 @@ impl Store {
 
     /// Plans a block if its newest state is in this batch.
     fn plan_block(&self, key: BlockKey, batch: u64, pages: &mut BTreeMap<PageKey, PagePlan>) {
-        let Some(o) = self.index.overlay.get(&key).filter(|o| o.batch == batch) else {
+        let Some(o) = self.index.overlay(key).filter(|o| o.batch == batch) else {
             return;
         };
         let (version, checksum) = (o.version, o.checksum);

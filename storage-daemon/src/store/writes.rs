@@ -184,7 +184,7 @@ impl Store {
         if version > replica.highest && mode == Mode::Write {
             return Judgement::Accept;
         }
-        if !self.index.overlay.contains_key(&key) {
+        if self.index.overlay(key).is_none() {
             let layer = replica
                 .chunks
                 .get(&key.chunk)
@@ -467,14 +467,9 @@ impl Store {
         };
         let mut checksums = [0; BLOCKS_PER_PAGE as usize];
         checksums.copy_from_slice(&w.checksums[usize::from(at)..][..BLOCKS_PER_PAGE as usize]);
-        let entry = Overlay {
-            batch: self.log.next_sequence,
-            version: w.version,
-            checksum: 0,
-            place: Place::Page(physical),
-        };
+        let origin = (self.log.next_sequence, w.version);
         self.index
-            .apply_redirect(key, entry, physical, &checksums, &mut self.allocator);
+            .apply_redirect(key, origin, physical, &checksums, &mut self.allocator);
         self.log.push(Record {
             replica: number,
             range: BlockRange {
@@ -521,6 +516,7 @@ impl Store {
             let token = self.token(Target::Redirect(self.log.next_sequence));
             self.log.open.redirects += 1;
             out.push(StoreCommand::Disk(DiskCommand::Write {
+                durable: false,
                 token,
                 offset,
                 data,

@@ -115,6 +115,7 @@ impl TestDisk {
                 token,
                 offset,
                 data,
+                durable,
             } => {
                 let bytes = Self::bytes_of(&data);
                 assert!(offset % 512 == 0 && bytes.len() % 512 == 0, "aligned");
@@ -125,6 +126,9 @@ impl TestDisk {
                 self.current[offset as usize..offset as usize + bytes.len()]
                     .copy_from_slice(&bytes);
                 self.volatile.push((offset, bytes));
+                if durable {
+                    self.harden(offset as usize, data.iter().map(Bytes::len).sum());
+                }
                 DiskCompletion {
                     token,
                     result: Ok(Bytes::new()),
@@ -151,6 +155,24 @@ impl TestDisk {
                 token,
                 result: Ok(Bytes::new()),
             },
+        }
+    }
+
+    /// What the cache holds of a range becomes durable, and nothing else.
+    fn harden(&mut self, offset: usize, length: usize) {
+        let mut at = 0;
+        while at < self.volatile.len() {
+            let start = self.volatile[at].0 as usize;
+            let bytes = self.volatile[at].1.len();
+            if start < offset + length && offset < start + bytes {
+                let (_, data) = self.volatile.remove(at);
+                self.durable[start..start + bytes].copy_from_slice(&data);
+                for (_, completed) in &mut self.in_flight {
+                    *completed -= usize::from(*completed > at);
+                }
+            } else {
+                at += 1;
+            }
         }
     }
 

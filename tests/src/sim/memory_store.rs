@@ -151,6 +151,7 @@ impl MemoryStore {
         } else {
             let data = smallvec![Bytes::from_static(&[0; 512])];
             DiskCommand::Write {
+                durable: false,
                 token,
                 offset: 0,
                 data,

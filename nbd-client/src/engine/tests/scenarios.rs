@@ -492,6 +492,63 @@ fn retained_writes_are_bounded_by_background_flushes() {
 }
 
 #[test]
+fn a_rhythm_of_writes_and_flushes_needs_no_flush_requests() {
+    let mut w = World::new(21, 3, 1, 2);
+    let c = w.open(|_| {});
+    for i in 0..20 {
+        write_done(&mut w, c, i * 8, 8);
+        flush(&mut w, c);
+    }
+    let spared = w.clients[c].session.stats().flushes_spared;
+    assert!((15..20).contains(&spared), "spared {spared} of 20");
+    // A second write between flushes ends the guessing.
+    write_done(&mut w, c, 800, 8);
+    write_done(&mut w, c, 808, 8);
+    flush(&mut w, c);
+    assert_eq!(w.clients[c].session.stats().flushes_spared, spared);
+    write_done(&mut w, c, 816, 8);
+    flush(&mut w, c);
+    assert_eq!(w.clients[c].session.stats().flushes_spared, spared);
+}
+
+#[test]
+fn a_spared_flush_is_as_good_as_any_when_all_lose_power() {
+    let mut w = World::new(23, 3, 1, 2);
+    let c = w.open(|_| {});
+    for i in 0..4 {
+        write_done(&mut w, c, i * 8, 8);
+        flush(&mut w, c);
+    }
+    let before = w.clients[c].session.stats().flushes_spared;
+    let tag = write_done(&mut w, c, 80, 8);
+    flush(&mut w, c);
+    let stats = w.clients[c].session.stats();
+    assert_eq!(
+        (stats.flushes_spared, stats.retained_bytes),
+        (before + 1, 0)
+    );
+    for disk in 0..3 {
+        w.power_loss(disk, 300 + disk as u64 * 50);
+    }
+    assert_eq!(stamp_at(&mut w, c, 80), tag);
+}
+
+#[test]
+fn the_watermark_moves_although_flushes_are_spared() {
+    let mut w = World::new(22, 3, 1, 2);
+    let c = w.open(|_| {});
+    for i in 0..200 {
+        write_done(&mut w, c, i % 50 * 8, 8);
+        flush(&mut w, c);
+    }
+    let stats = w.clients[c].session.stats();
+    assert!(
+        stats.flushes_spared > 180 && stats.flushes_spared < 198,
+        "{stats:?}"
+    );
+}
+
+#[test]
 fn blackout_of_all_daemons_is_survived_without_an_exclusion() {
     let mut w = World::new(19, 3, 1, 2);
     let c = w.open(|_| {});
