@@ -369,6 +369,7 @@ fn count_batch(
             RecordKind::Redirect { .. } => "redirect",
             RecordKind::Trim => "trim",
             RecordKind::Erase => "erase",
+            RecordKind::Bad => "bad",
             RecordKind::Watermark { .. } => "watermark",
         };
         *report.records.entry(kind).or_default() += 1;

@@ -309,6 +309,9 @@ fn the_rebuild_merge_takes_the_source_for_older_epochs_and_versions_for_newer() 
             pull(BlockState::Data, 6, e1(16)), // ours is of the rebuild's epoch: stays
             pull(BlockState::Data, 7, e2(5)), // both are: the version decides
             pull(BlockState::Absent, 20, Version::ZERO),
+            pull(BlockState::Bad, 5, e1(15)), // rotten at the source, sound here: stays
+            pull(BlockState::Bad, 21, e1(7)), // nobody has it: known to be lost
+            pull(BlockState::Bad, 22, e1(8)),
         ];
         let request = StoreRequest::PullApply {
             volume: VOLUME,
@@ -318,7 +321,7 @@ fn the_rebuild_merge_takes_the_source_for_older_epochs_and_versions_for_newer() 
         };
         assert_eq!(
             h.call(request.clone()),
-            Ok(StoreReply::Pulled { applied: 5 })
+            Ok(StoreReply::Pulled { applied: 7 })
         );
         assert_eq!(
             h.call(request),
@@ -338,6 +341,8 @@ fn the_rebuild_merge_takes_the_source_for_older_epochs_and_versions_for_newer() 
                 (BlockState::Data, e2(5)),
             ];
             assert_eq!(s, expected);
+            let lost = vec![(BlockState::Bad, e1(7)), (BlockState::Bad, e1(8))];
+            assert_eq!(h.read_checked(0, 21, 2), lost);
             h = home(h);
         }
     }

@@ -335,6 +335,9 @@ impl<S: ChunkStore> DiskEngine<S> {
         self.counters.pull_blocks += progress.blocks_moved;
         let (volume, group) = key;
         match slot.pull.failure() {
+            None if slot.pull.source_bad() > 0 => tracing::error!(%volume, group = group.0,
+                blocks = slot.pull.source_bad(), "pulled a replica; blocks that were rotten at its source are \
+                lost unless another replica has them: reading them fails until they are written"),
             None => tracing::info!(%volume, group = group.0, chunks = progress.chunks_done,
                 blocks = progress.blocks_moved, "pulled a replica"),
             Some(failure) => {

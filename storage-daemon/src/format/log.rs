@@ -40,6 +40,8 @@ pub enum RecordKind {
     Trim,
     /// The blocks are absent, whatever was there (R7).
     Erase,
+    /// The blocks had data of this version, and nobody has them any more (R7: the source's were rotten).
+    Bad,
     /// Per replica: version is the watermark.
     Watermark {
         /// Tombstones at or below may be forgotten.
@@ -71,7 +73,7 @@ impl Record {
             + match &self.kind {
                 RecordKind::Data(checksums) => 4 * checksums.len(),
                 RecordKind::Redirect { .. } => 4 + 4 * BLOCKS_PER_PAGE as usize,
-                RecordKind::Trim | RecordKind::Erase => 0,
+                RecordKind::Trim | RecordKind::Erase | RecordKind::Bad => 0,
                 RecordKind::Watermark { .. } => 32,
             }
     }
@@ -124,6 +126,7 @@ fn put_record(b: &mut [u8], at: usize, record: &Record) -> usize {
         RecordKind::Trim => 3,
         RecordKind::Erase => 4,
         RecordKind::Watermark { .. } => 5,
+        RecordKind::Bad => 6,
     };
     put(b, at + 2, &record.range.count.to_le_bytes());
     put(b, at + 4, &record.range.first.to_le_bytes());
@@ -150,7 +153,7 @@ fn put_record(b: &mut [u8], at: usize, record: &Record) -> usize {
                 at += 4;
             }
         }
-        RecordKind::Trim | RecordKind::Erase => {}
+        RecordKind::Trim | RecordKind::Erase | RecordKind::Bad => {}
         RecordKind::Watermark {
             forget_below,
             highest,
@@ -247,6 +250,7 @@ fn take_record(b: &[u8], at: &mut usize) -> Result<Record, FormatError> {
                 highest: version_at(bytes, 16),
             }
         }
+        6 => RecordKind::Bad,
         _ => return Err(FormatError::Bounds("record kind")),
     };
     Ok(Record {
@@ -323,6 +327,7 @@ mod tests {
             ),
             record(RecordKind::Trim, 0, 1024),
             record(RecordKind::Erase, 5, 1),
+            record(RecordKind::Bad, 6, 1),
             record(
                 RecordKind::Watermark {
                     forget_below: Version::new(1, 2),
@@ -350,12 +355,15 @@ mod tests {
         let mut b = vec![0; 4096];
         let chain = encode_batch(&mut b, &header, &records, 13);
         assert_eq!(&b[..8], b"ALOG\x01\x00\x01\x00");
-        assert_eq!(&b[12..20], &[5, 0, 0, 0, 11, 0, 0, 0]);
+        assert_eq!(&b[12..20], &[6, 0, 0, 0, 11, 0, 0, 0]);
         assert_eq!(
             &b[64..80],
             &[1, 0, 2, 0, 8, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0]
         );
         assert_eq!(&b[104..112], &[6, 0, 0, 0, 7, 0, 0, 0]);
+        // After two checksums, a redirect (68 more), a tombstone and an erasure.
+        let bad = 64 + 4 * ENTRY_BYTES + 8 + 68;
+        assert_eq!(&b[bad..bad + 8], &[6, 0, 1, 0, 6, 0, 0, 0]);
         let (h, r) = decode_batch(&b, 13).unwrap();
         assert_eq!(
             (h.sequence, h.chain, h.total_bytes()),

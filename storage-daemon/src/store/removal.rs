@@ -126,6 +126,11 @@ impl Store {
                 Err(sectors) => need.push(sectors),
                 Ok(local) => {
                     behind = behind.max(local.batch);
+                    // What is rotten at the source and sound here stays.
+                    let sound = local.state == BlockState::Data && !local.unversioned;
+                    if b.state == BlockState::Bad && sound && local.version == b.version {
+                        continue;
+                    }
                     let own = local.version.epoch >= *rebuild_epoch && !local.unversioned;
                     let differs =
                         local.unversioned || (local.state, local.version) != (b.state, b.version);
@@ -172,8 +177,8 @@ impl Store {
         for b in blocks {
             records += 2;
             match b.state {
-                BlockState::Data => {
-                    data += 1;
+                BlockState::Data | BlockState::Bad => {
+                    data += u32::from(b.state == BlockState::Data);
                     let key = BlockKey {
                         slot,
                         chunk,
@@ -186,7 +191,7 @@ impl Store {
                     }
                 }
                 BlockState::Tombstone => trims += 1,
-                BlockState::Absent | BlockState::Bad => {}
+                BlockState::Absent => {}
             }
         }
         pages.sort_unstable();
@@ -242,6 +247,23 @@ impl Store {
             });
             return;
         }
+        if b.state == BlockState::Bad {
+            let entry = Overlay {
+                batch,
+                version,
+                checksum: 0,
+                place: Place::Bad,
+            };
+            self.index.apply_data(key, entry, &mut self.allocator);
+            self.log.push(Record {
+                replica: number,
+                range,
+                layer,
+                version,
+                kind: RecordKind::Bad,
+            });
+            return;
+        }
         // The source is the truth, also where the version here is higher: first nothing, then its tombstone.
         self.index.apply_erase(key, batch);
         let kind = RecordKind::Erase;
@@ -273,8 +295,7 @@ fn check_pull(blocks: &[super::api::PullBlock]) -> Result<(), StoreError> {
             0
         };
         let versioned = b.version.is_zero() == (b.state == BlockState::Absent);
-        if b.state == BlockState::Bad
-            || u32::from(b.block) >= ashlar_proto::ids::BLOCKS_PER_CHUNK
+        if u32::from(b.block) >= ashlar_proto::ids::BLOCKS_PER_CHUNK
             || b.data.len() != bytes
             || !versioned
         {

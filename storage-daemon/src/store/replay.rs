@@ -115,6 +115,18 @@ impl Store {
                     self.index.apply_erase(key(block), batch);
                 }
             }
+            RecordKind::Bad => {
+                let entry = Overlay {
+                    batch,
+                    version: record.version,
+                    checksum: 0,
+                    place: Place::Bad,
+                };
+                for block in record.range.blocks() {
+                    self.index
+                        .apply_data(key(block), entry, &mut self.allocator);
+                }
+            }
             RecordKind::Watermark {
                 forget_below,
                 highest,

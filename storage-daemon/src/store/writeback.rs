@@ -307,7 +307,7 @@ impl Store {
                             burst.dead.push(*physical);
                         }
                     }
-                    RecordKind::Data(_) | RecordKind::Erase => {}
+                    RecordKind::Data(_) | RecordKind::Erase | RecordKind::Bad => {}
                 }
                 let mut block = record.range.first;
                 while block < record.range.end() {

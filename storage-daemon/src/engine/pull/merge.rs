@@ -22,8 +22,8 @@ pub enum Decision {
     Tombstone,
     /// The source has nothing: nor may the target.
     Remove,
-    /// The source's data is bad and the target has no copy of it.
-    SourceBad,
+    /// The source's data is bad and the target has no copy of it: it is bad here, too.
+    Bad,
 }
 
 /// Compares one (layer, block) at the source and at the target.
@@ -41,10 +41,11 @@ pub fn decide(source: Option<&Entry>, target: Option<&Entry>, rebuild: Epoch) ->
         let sound = target.state != BlockState::Bad;
         let same_version = target.version == source.version;
         let equal = target.state == source.state && target.checksum == source.checksum;
+        let bad = source.state == BlockState::Bad;
         let covered = if target_is_newer_kind {
-            target.version > source.version || (same_version && sound)
+            target.version > source.version || (same_version && (sound || bad))
         } else {
-            same_version && sound && (equal || source.state == BlockState::Bad)
+            same_version && (bad || (sound && equal))
         };
         if covered {
             return Decision::Keep;
@@ -53,7 +54,7 @@ pub fn decide(source: Option<&Entry>, target: Option<&Entry>, rebuild: Epoch) ->
     match source.state {
         BlockState::Data => Decision::Fetch,
         BlockState::Tombstone => Decision::Tombstone,
-        BlockState::Bad => Decision::SourceBad,
+        BlockState::Bad => Decision::Bad,
         BlockState::Absent => Decision::Keep,
     }
 }
@@ -74,7 +75,7 @@ pub struct Plan {
     pub runs: std::collections::VecDeque<Run>,
     /// To apply without reading.
     pub direct: Vec<PullBlock>,
-    /// Blocks that the source cannot provide.
+    /// Blocks whose data the source has lost.
     pub source_bad: u64,
 }
 
@@ -89,7 +90,6 @@ impl Plan {
     ) {
         match decision {
             Decision::Keep => {}
-            Decision::SourceBad => self.source_bad += 1,
             Decision::Fetch => {
                 if let Some(run) = self.runs.back_mut()
                     && run.snapshot == at.snapshot
@@ -104,18 +104,22 @@ impl Plan {
                     });
                 }
             }
-            Decision::Tombstone | Decision::Remove => self.direct.push(PullBlock {
-                snapshot: at.snapshot,
-                block: at.block,
-                state: if decision == Decision::Remove {
-                    BlockState::Absent
-                } else {
-                    BlockState::Tombstone
-                },
-                version: source.map(|s| s.version).unwrap_or_default(),
-                checksum: 0,
-                data: Bytes::new(),
-            }),
+            Decision::Tombstone | Decision::Remove | Decision::Bad => {
+                let state = match decision {
+                    Decision::Remove => BlockState::Absent,
+                    Decision::Bad => BlockState::Bad,
+                    _ => BlockState::Tombstone,
+                };
+                self.source_bad += u64::from(decision == Decision::Bad);
+                self.direct.push(PullBlock {
+                    snapshot: at.snapshot,
+                    block: at.block,
+                    state,
+                    version: source.map(|s| s.version).unwrap_or_default(),
+                    checksum: 0,
+                    data: Bytes::new(),
+                });
+            }
         }
     }
 
@@ -182,7 +186,7 @@ pub fn blocks_of_reply(run: Run, reply: &ReadReply) -> Option<(Vec<PullBlock>, u
             BlockState::Data => data.take_block()?,
             BlockState::Bad => {
                 bad += 1;
-                continue;
+                Bytes::new()
             }
             BlockState::Absent | BlockState::Tombstone => Bytes::new(),
         };
@@ -274,12 +278,13 @@ mod tests {
             (None, Some(entry(9, 9, Tombstone, 0)), Decision::Remove),
             (None, None, Decision::Keep),
             (Some(entry(5, 1, Bad, 0)), Some(d(5, 1)), Decision::Keep),
+            (Some(entry(5, 1, Bad, 0)), Some(d(4, 1)), Decision::Bad),
+            (Some(entry(5, 1, Bad, 0)), None, Decision::Bad),
             (
                 Some(entry(5, 1, Bad, 0)),
-                Some(d(4, 1)),
-                Decision::SourceBad,
+                Some(entry(5, 1, Bad, 0)),
+                Decision::Keep,
             ),
-            (Some(entry(5, 1, Bad, 0)), None, Decision::SourceBad),
         ];
         for (source, target, expected) in cases {
             assert_eq!(

@@ -112,9 +112,6 @@ pub enum PullFailure {
     /// The source cannot be reached.
     #[error("the source cannot be reached")]
     Unreachable,
-    /// Blocks are bad at the source and missing here.
-    #[error("{0} blocks are bad at the source")]
-    SourceBad(u64),
     /// A newer epoch ended it.
     #[error("a newer epoch ended the pull")]
     Superseded,
@@ -203,6 +200,11 @@ impl Pull {
             blocks_moved: 0,
             source_bad: 0,
         }
+    }
+
+    /// Blocks whose data the source had lost, and which are known bad here now.
+    pub fn source_bad(&self) -> u64 {
+        self.source_bad
     }
 
     /// What it is for.

@@ -382,7 +382,7 @@ fn a_repeated_start_changes_nothing_and_a_start_after_a_failure_starts_again() {
 }
 
 #[test]
-fn a_bad_block_at_the_source_is_not_taken_for_truth() {
+fn what_is_rotten_at_the_source_is_known_to_be_bad_at_the_target() {
     let mut pair = Pair::new();
     pair.source
         .store()
@@ -398,14 +398,17 @@ fn a_bad_block_at_the_source_is_not_taken_for_truth() {
         .unwrap();
     (bad.state, bad.data) = (BlockState::Bad, Bytes::new());
     pair.start();
-    assert_eq!(pair.progress().state, PullState::Failed);
-    assert_eq!(Pair::contents(&pair.target).len(), 1);
-    // The target's own copy of that version does.
+    assert_eq!(pair.progress().state, PullState::Complete);
+    let state = |pair: &mut Pair| pair.target.store().blocks[&(VOLUME, at(0, 0, 1))].state;
+    assert_eq!(Pair::contents(&pair.target).len(), 2);
+    assert_eq!(state(&mut pair), BlockState::Bad);
+    // The target's own copy of that version is as good as any.
     pair.target
         .store()
         .put(VOLUME, at(0, 0, 1), Version::new(4, 1), 1);
     pair.start();
     assert_eq!(pair.progress().state, PullState::Complete);
+    assert_eq!(state(&mut pair), BlockState::Data);
 }
 
 #[test]
