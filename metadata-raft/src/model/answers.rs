@@ -80,7 +80,8 @@ fn weight(answer: &Answer) -> usize {
         | Answer::Opened { volume: v, .. }
         | Answer::Changed { volume: v, .. } => {
             let labels: usize = v.labels.iter().map(|(k, v)| k.len() + v.len() + 48).sum();
-            BASE + v.groups.iter().map(Vec::len).sum::<usize>() * REPLICA + labels
+            let published: usize = v.publications.keys().map(|n| n.len() + 48).sum();
+            BASE + v.groups.iter().map(Vec::len).sum::<usize>() * REPLICA + labels + published
         }
         Answer::Done => 64,
         Answer::Node(_) | Answer::Disk(_) | Answer::Pool(_) => 2 * BASE,

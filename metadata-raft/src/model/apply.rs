@@ -61,6 +61,10 @@ impl Operation {
             Self::BeginRebuild { .. } => 13,
             Self::MoveReplica { .. } => 14,
             Self::ForgetGarbage(_) => 15,
+            Self::RegisterAttacher(_) => 16,
+            Self::PublishVolume { .. } => 17,
+            Self::UnpublishVolume { .. } => 18,
+            Self::SetVolumeFormat { .. } => 19,
         }
     }
 
@@ -71,6 +75,7 @@ impl Operation {
             Self::InitializeCluster(_)
                 | Self::RegisterNode(_)
                 | Self::RegisterDisk(_)
+                | Self::RegisterAttacher(_)
                 | Self::ForgetGarbage(_)
         )
     }
@@ -103,6 +108,12 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         } => state.begin_rebuild(*volume, *epoch, replicas),
         Operation::MoveReplica { volume, from, to } => state.move_replica(*volume, *from, *to),
         Operation::ForgetGarbage(gone) => Ok(state.forget_garbage(gone)),
+        Operation::RegisterAttacher(attacher) => state.register_attacher(attacher),
+        Operation::PublishVolume { volume, node, mode } => {
+            state.publish_volume(*volume, node, *mode)
+        }
+        Operation::UnpublishVolume { volume, node } => state.unpublish_volume(*volume, node),
+        Operation::SetVolumeFormat { volume, format } => state.set_volume_format(*volume, format),
     }
 }
 
@@ -121,6 +132,16 @@ impl State {
         validate::name("name", &node.name)?;
         validate::labels("labels", &node.labels)?;
         validate::text("admin_address", &node.admin_address)?;
+        let mut node = node.clone();
+        if let Some(told) = self.attacher_labels.get(&node.name) {
+            for (key, value) in told {
+                // What a node that attaches told never keeps a storage daemon out.
+                if node.labels.len() < validate::LABELS_MAX {
+                    let label = node.labels.entry(key.clone());
+                    label.or_insert_with(|| value.clone());
+                }
+            }
+        }
         if let Some(other) = self
             .node_by_name(&node.name)
             .filter(|n| n.id != node.id)
@@ -140,11 +161,16 @@ impl State {
             self.nodes.remove(&other.id);
             self.node_by_name.remove(&other.name);
         }
-        if let Some(old) = self.nodes.insert(node.id, node.clone()) {
+        self.insert_node(node.clone());
+        Ok(Answer::Node(node))
+    }
+
+    pub(super) fn insert_node(&mut self, node: Node) {
+        let (id, name) = (node.id, node.name.clone());
+        if let Some(old) = self.nodes.insert(id, node) {
             self.node_by_name.remove(&old.name);
         }
-        self.node_by_name.insert(node.name.clone(), node.id);
-        Ok(Answer::Node(node.clone()))
+        self.node_by_name.insert(name, id);
     }
 
     fn register_disk(&mut self, disk: &Disk) -> Response {

@@ -3,7 +3,7 @@
 //! Rules R0 and R1 of DESIGN section 4: every grant yields a new epoch, and an open makes every
 //! `Rebuilding` replica `Stale`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_proto::ids::{ClientId, DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
@@ -87,6 +87,8 @@ impl State {
             revision: 0,
             created_unix_ms: create.created_unix_ms,
             labels: create.labels.clone(),
+            publications: BTreeMap::new(),
+            format: None,
         })?;
         Ok(Answer::Volume(volume))
     }
@@ -193,6 +195,13 @@ impl State {
                 volume.name, holder.client_name
             )));
         }
+        if !volume.publications.is_empty() {
+            return Err(Refusal::precondition(format!(
+                "volume {} is still published to {}; unpublish it first (`ashlar volume unpublish`)",
+                volume.name,
+                volume.published_to()
+            )));
+        }
         self.uninstall(&volume);
         Ok(Answer::Done)
     }
@@ -203,6 +212,7 @@ impl State {
             return Err(Refusal::invalid("client_id: must not be zero"));
         }
         let volume = self.require_volume(open.volume)?;
+        self.check_published(volume, open.node)?;
         if let Some(holder) = &volume.holder
             && holder.client != open.client
             && !open.force

@@ -14,7 +14,7 @@ use ashlar_proto::ids::{
 use serde::{Deserialize, Serialize};
 
 use super::cluster::{Disk, Labels, Node, Pool, PoolSpec};
-use super::volume::Volume;
+use super::volume::{AttachMode, Format, Volume};
 
 /// Identifies a request: a retry with the same id gets the same answer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
@@ -104,6 +104,42 @@ pub enum Operation {
     },
     /// Replicas whose data are gone from their former disks need no reminder any more.
     ForgetGarbage(Vec<(DiskId, VolumeId)>),
+    /// A node that attaches volumes says that it is there; a storage daemon of its name keeps its identity.
+    RegisterAttacher(Attacher),
+    /// Gives a node the right to attach a volume.
+    PublishVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// The node's name.
+        node: String,
+        /// What it may do.
+        mode: AttachMode,
+    },
+    /// Takes the right back, with the epoch of a holder that had it.
+    UnpublishVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// The node's name; empty: every node.
+        node: String,
+    },
+    /// Records what a node formats a volume with.
+    SetVolumeFormat {
+        /// The volume.
+        volume: VolumeId,
+        /// What it is from now on.
+        format: Format,
+    },
+}
+
+/// See [`Operation::RegisterAttacher`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Attacher {
+    /// The node's name.
+    pub name: String,
+    /// Labels to add to the node's.
+    pub labels: Labels,
+    /// `host:port`, or empty.
+    pub address: String,
 }
 
 /// See [`Operation::CreateVolume`].

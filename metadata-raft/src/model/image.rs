@@ -14,12 +14,12 @@ use ashlar_proto::ids::{ClusterId, DiskId, Epoch, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use super::answers::Remembered;
-use super::cluster::{Disk, Node, Pool};
+use super::cluster::{Disk, Labels, Node, Pool};
 use super::volume::Volume;
-use super::{State, check_state};
+use super::{State, check_state, image_v1};
 
 /// Version of the form; older ones are read by an upgrade, newer ones refused.
-pub const IMAGE_VERSION: u32 = 1;
+pub const IMAGE_VERSION: u32 = 2;
 /// Longest record.
 const RECORD_BYTES_MAX: usize = 1024 * 1024;
 
@@ -46,7 +46,7 @@ pub enum ImageError {
 }
 
 #[derive(Serialize, Deserialize)]
-enum Record {
+pub(super) enum Record {
     Cluster(ClusterId),
     Node(Node),
     Disk(Disk),
@@ -55,6 +55,7 @@ enum Record {
     Garbage(DiskId, VolumeId, Epoch),
     Answer(Remembered),
     End(u64),
+    AttacherLabels(String, Labels),
 }
 
 fn config() -> bincode::config::Configuration<
@@ -76,6 +77,7 @@ impl State {
             volumes: self.volumes.clone(),
             garbage: self.garbage.clone(),
             answers: self.answers.clone(),
+            attacher_labels: self.attacher_labels.clone(),
             ..Self::default()
         }
     }
@@ -114,6 +116,9 @@ impl State {
         self.answers
             .iter()
             .try_for_each(|a| put(Record::Answer(a.clone())))?;
+        self.attacher_labels
+            .iter()
+            .try_for_each(|(n, l)| put(Record::AttacherLabels(n.clone(), l.clone())))?;
         let bytes = bincode::serde::encode_to_vec(Record::End(count), config())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;
         out.write_all(&bytes)?;
@@ -125,7 +130,7 @@ impl State {
         let mut word = [0_u8; 4];
         input.read_exact(&mut word)?;
         let version = u32::from_le_bytes(word);
-        if version != IMAGE_VERSION {
+        if version != IMAGE_VERSION && version != image_v1::IMAGE_VERSION {
             return Err(ImageError::Version(version));
         }
         let inconsistent = |what: &str| ImageError::Inconsistent(what.to_owned());
@@ -139,7 +144,13 @@ impl State {
             }
             buffer.resize(length, 0);
             input.read_exact(&mut buffer)?;
-            let (record, used) = bincode::serde::decode_from_slice(&buffer, config())?;
+            let (record, used): (Record, usize) = if version == IMAGE_VERSION {
+                bincode::serde::decode_from_slice(&buffer, config())?
+            } else {
+                let (old, used): (image_v1::Record, usize) =
+                    bincode::serde::decode_from_slice(&buffer, config())?;
+                (old.upgrade(), used)
+            };
             if used != length {
                 return Err(inconsistent("a record has trailing bytes"));
             }
@@ -178,6 +189,9 @@ impl State {
                 self.garbage.insert((disk, volume), epoch);
             }
             Record::Answer(answer) => self.answers.insert(answer),
+            Record::AttacherLabels(node, labels) => {
+                self.attacher_labels.insert(node, labels);
+            }
             Record::End(_) => {}
         }
     }

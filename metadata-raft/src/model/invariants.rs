@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_proto::ids::{DiskId, Epoch, ReplicaState};
 
-use super::volume::Volume;
+use super::volume::{AttachMode, FormatState, Volume};
 use super::{DiskUse, PoolUse, State, validate};
 
 type Check = Result<(), String>;
@@ -39,6 +39,14 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
     require(
         after.opened_once || !before.opened_once,
         "an opened volume stays opened once",
+    )?;
+    let formatted = |v: &Volume| {
+        let format = v.format.clone();
+        format.filter(|f| f.state == FormatState::Formatted)
+    };
+    require(
+        formatted(before).is_none() || before.format == after.format,
+        "what is formatted stays so",
     )?;
     let same_epoch = after.epoch == before.epoch;
     require(
@@ -100,6 +108,15 @@ fn check_volume(volume: &Volume) -> Check {
             "the holder's epoch was granted",
         )?;
     }
+    require(
+        volume.publications.len() <= validate::PUBLICATIONS_MAX
+            && (volume.publications.len() <= 1
+                || volume
+                    .publications
+                    .values()
+                    .all(|m| *m == AttachMode::ReadOnly)),
+        "published to one node, or read-only to a bounded number",
+    )?;
     for group in &volume.groups {
         require(
             group.iter().any(|r| r.state == ReplicaState::InSync),

@@ -10,11 +10,13 @@
 
 mod answers;
 mod apply;
+mod apply_publications;
 mod apply_replicas;
 mod apply_volume;
 mod cluster;
 mod command;
 mod image;
+mod image_v1;
 mod invariants;
 pub mod validate;
 pub mod view;
@@ -28,14 +30,17 @@ use ashlar_proto::ids::{ClusterId, DiskId, Epoch, NodeId, PoolId, ReplicaState, 
 pub use answers::{RecentAnswers, Remembered};
 pub use apply::apply;
 pub(crate) use apply::no_such_pool;
+pub use apply_publications::attacher_id;
 pub use cluster::{Disk, Domain, FailureDomain, Labels, Node, Pool, PoolSpec, ZONE_LABEL};
 pub use command::{
-    Answer, ChangeReplicas, Command, CreateVolume, OpenVolume, Operation, Refusal, RefusalCode,
-    ReplicaChange, RequestKey, Response,
+    Answer, Attacher, ChangeReplicas, Command, CreateVolume, OpenVolume, Operation, Refusal,
+    RefusalCode, ReplicaChange, RequestKey, Response,
 };
 pub use image::{IMAGE_VERSION, ImageError};
 pub use invariants::{check_state, check_transition};
-pub use volume::{AttachMode, Attachment, Group, Replica, Volume, share_bytes};
+pub use volume::{
+    AttachMode, Attachment, Format, FormatState, Group, Replica, Volume, share_bytes,
+};
 
 /// What is derived about a disk from the volumes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -81,6 +86,8 @@ pub struct State {
     /// Former replicas whose data a disk is still to drop, with the volume's epoch at that time.
     garbage: BTreeMap<(DiskId, VolumeId), Epoch>,
     answers: RecentAnswers,
+    /// Labels that attaching nodes told, by node name: a storage daemon's own win over them.
+    attacher_labels: BTreeMap<String, Labels>,
 
     // Derived.
     node_by_name: BTreeMap<String, NodeId>,

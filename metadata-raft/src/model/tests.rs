@@ -9,6 +9,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod publications;
+
 fn key(n: u128) -> RequestKey {
     RequestKey(n.to_be_bytes())
 }
@@ -545,6 +547,8 @@ enum Step {
     Create,
     Resize(u8),
     Register(u8, u64),
+    Publish(u8, bool),
+    Unpublish(u8),
     Retry,
 }
 
@@ -559,6 +563,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Create),
         1 => (0..4_u8).prop_map(Step::Resize),
         1 => (1..7_u8, 1..4_u64).prop_map(|(d, i)| Step::Register(d, i)),
+        1 => (1..4_u8, any::<bool>()).prop_map(|(n, r)| Step::Publish(n, r)),
+        1 => (0..4_u8).prop_map(Step::Unpublish),
         2 => Just(Step::Retry),
     ]
 }
@@ -573,7 +579,13 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
         }
     };
     Some(match step {
-        Step::Open(c, force) => open(*c, *force),
+        Step::Open(c, force) => publications::open_on(*c, NodeId(id16(*c)), *force),
+        Step::Publish(n, true) => publications::publish(&format!("node-{n}"), AttachMode::ReadOnly),
+        Step::Publish(n, false) => {
+            publications::publish(&format!("node-{n}"), AttachMode::Exclusive)
+        }
+        Step::Unpublish(0) => publications::unpublish(""),
+        Step::Unpublish(n) => publications::unpublish(&format!("node-{n}")),
         Step::Close(c, now, clean) => close(*c, epoch(now), *clean),
         Step::Change(c, now, d, s) => {
             // Mostly by the holder, or little would ever be applied.
@@ -621,6 +633,15 @@ fn domains_differ(state: &State, volume: &Volume) -> bool {
     })
 }
 
+/// Clients and nodes have the same numbers here.
+fn holder_is_published(volume: &Volume) -> bool {
+    volume.publications.is_empty()
+        || volume.holder.as_ref().is_none_or(|h| {
+            let node = format!("node-{}", h.client.0[0]);
+            volume.publications.contains_key(&node)
+        })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -647,6 +668,7 @@ proptest! {
             }
             if let Some(after) = m.state.volume(VOLUME) {
                 prop_assert!(domains_differ(&m.state, after));
+                prop_assert!(holder_is_published(after));
                 if let Some(before) = &before {
                     prop_assert!(after.epoch >= before.epoch);
                 }

@@ -21,6 +21,8 @@ pub const GROUPS_MAX: usize = 64;
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 /// Largest over-provisioning, in per cent.
 pub const OVERPROVISION_PERCENT_MAX: u32 = 1_000_000;
+/// Most nodes that a volume is published to.
+pub const PUBLICATIONS_MAX: usize = 1024;
 /// Most entries of one batch in a command.
 pub const BATCH_MAX: usize = 1024;
 

@@ -5,7 +5,7 @@ use ashlar_proto::rpc::metadata as pb;
 
 use super::State;
 use super::cluster::{FailureDomain, Pool, PoolSpec};
-use super::volume::{AttachMode, Attachment, Replica, Volume};
+use super::volume::{AttachMode, Attachment, Format, FormatState, Replica, Volume};
 
 /// A volume.
 pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
@@ -32,8 +32,15 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         opened_once: volume.opened_once,
         snapshot_number: volume.snapshot.0,
         revision: volume.revision,
-        publications: Vec::new(),
-        format: None,
+        publications: volume
+            .publications
+            .iter()
+            .map(|(node, mode)| pb::Publication {
+                node_name: node.clone(),
+                mode: attach_mode(*mode).into(),
+            })
+            .collect(),
+        format: volume.format.as_ref().map(format),
         readers: Vec::new(),
         created_unix_ms: volume.created_unix_ms,
         labels: volume.labels.clone().into_iter().collect(),
@@ -59,11 +66,26 @@ fn attachment(attachment: &Attachment) -> pb::Attachment {
         client_id: attachment.client.to_vec(),
         node_id: attachment.node.to_vec(),
         client_name: attachment.client_name.clone(),
-        mode: match attachment.mode {
-            AttachMode::Exclusive => pb::AttachMode::Exclusive,
+        mode: attach_mode(attachment.mode).into(),
+        epoch: attachment.epoch.0,
+    }
+}
+
+fn attach_mode(mode: AttachMode) -> pb::AttachMode {
+    match mode {
+        AttachMode::Exclusive => pb::AttachMode::Exclusive,
+        AttachMode::ReadOnly => pb::AttachMode::ReadOnly,
+    }
+}
+
+fn format(format: &Format) -> pb::VolumeFormat {
+    pb::VolumeFormat {
+        state: match format.state {
+            FormatState::Formatting => pb::FormatState::Formatting,
+            FormatState::Formatted => pb::FormatState::Formatted,
         }
         .into(),
-        epoch: attachment.epoch.0,
+        fs_type: format.fs_type.clone(),
     }
 }
 

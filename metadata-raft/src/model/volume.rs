@@ -5,7 +5,10 @@
 //! - `rebuild_epoch` is the volume's epoch while a replica is `Rebuilding`, else 0 (R7: any open or
 //!   configuration change sets a new e for every rebuild of the volume, also because a fence belongs to
 //!   (disk, volume) and not to a group);
-//! - a replica that is `leaving` has its successor in the same group.
+//! - a replica that is `leaving` has its successor in the same group;
+//! - who may attach: a volume is published to one node exclusively, or to any number read-only.
+
+use std::collections::BTreeMap;
 
 use ashlar_proto::ids::{
     CHUNK_SIZE, ClientId, DiskId, Epoch, Incarnation, NodeId, PoolId, ReplicaState, SnapshotNumber,
@@ -59,6 +62,26 @@ pub type Group = Vec<Replica>;
 pub enum AttachMode {
     /// The only client.
     Exclusive,
+    /// Of a publication: the node only reads.
+    ReadOnly,
+}
+
+/// How far a node came with making a file system.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FormatState {
+    /// It began; until it is done the content is worth nothing.
+    Formatting,
+    /// It is done; final.
+    Formatted,
+}
+
+/// The file system that a node made on a volume without data.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Format {
+    /// How far it came.
+    pub state: FormatState,
+    /// `ext4`, `xfs`.
+    pub fs_type: String,
 }
 
 /// The client to which the volume's epoch was granted.
@@ -109,6 +132,10 @@ pub struct Volume {
     pub created_unix_ms: u64,
     /// Labels given by the user.
     pub labels: Labels,
+    /// Names of the nodes that may attach it; empty: nothing was said, any client may.
+    pub publications: BTreeMap<String, AttachMode>,
+    /// What a node formatted it with.
+    pub format: Option<Format>,
 }
 
 impl Volume {

@@ -28,6 +28,8 @@ pub struct Wish<'a> {
     pub groups: u32,
     /// A node that should have one replica of each group.
     pub preferred: Option<NodeId>,
+    /// Without a replica of each group there the volume is not placed.
+    pub require_preferred: bool,
 }
 
 struct Candidate<'a> {
@@ -117,6 +119,12 @@ pub fn place(
             let Some(chosen) = choose(&candidates, &taken, share, preferred) else {
                 return Err(no_room(wish, share));
             };
+            if index == 0 && !on_required_node(&candidates[chosen], wish) {
+                return Err(Refusal::exhausted(format!(
+                    "no living disk of the pool on the preferred node has room for a replica of {share} bytes; add one there, \
+                     ask for less, or do not require that node"
+                )));
+            }
             let chosen = &mut candidates[chosen];
             chosen.provisioned = chosen.provisioned.saturating_add(share);
             taken.insert(chosen.domain.clone());
@@ -143,6 +151,10 @@ fn no_room(wish: &Wish<'_>, share: u64) -> Refusal {
         domain_name(wish.pool),
         wish.pool.overprovision_percent
     ))
+}
+
+fn on_required_node(chosen: &Candidate<'_>, wish: &Wish<'_>) -> bool {
+    !wish.require_preferred || wish.preferred == Some(chosen.disk.node)
 }
 
 /// The least filled candidate outside of the domains that are taken, on the preferred node if possible.

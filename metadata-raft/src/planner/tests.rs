@@ -102,6 +102,7 @@ fn wish(pool: &PoolSpec, size_bytes: u64) -> Wish<'_> {
         replicas: 3,
         groups: 0,
         preferred: None,
+        require_preferred: false,
     }
 }
 
@@ -161,6 +162,26 @@ fn a_preferred_node_gets_a_replica() {
         place(&state, &Fake::default(), &wish).unwrap()[0][0],
         disk_id(5, 1)
     );
+}
+
+#[test]
+fn a_required_node_gets_a_replica_or_nothing_is_placed() {
+    let (mut state, spec) = cluster(6, 1, FailureDomain::Node);
+    let required = Wish {
+        preferred: Some(NodeId([5; 16])),
+        require_preferred: true,
+        ..wish(&spec, GIB)
+    };
+    let placed = place(&state, &Fake::default(), &required).unwrap();
+    assert_eq!(placed[0][0], disk_id(5, 1));
+    run(&mut state, Operation::RemoveDisk(disk_id(5, 1)));
+    let refusal = place(&state, &Fake::default(), &required).unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::ResourceExhausted);
+    let preferred = Wish {
+        require_preferred: false,
+        ..required
+    };
+    assert!(place(&state, &Fake::default(), &preferred).is_ok());
 }
 
 #[test]

@@ -12,7 +12,9 @@ use tonic::Status;
 use super::convert;
 use super::liveness::{DiskReport, View};
 use super::member::{Fault, Member, write_fault};
-use crate::model::{Answer, Command, Disk, Node, Operation, Pool, RequestKey, State, view};
+use crate::model::{
+    Answer, Attacher, Command, Disk, Node, Operation, Pool, RequestKey, State, attacher_id, view,
+};
 use crate::planner::DiskView;
 
 /// Most voters.
@@ -174,6 +176,9 @@ impl Member {
     }
 
     pub(super) async fn register_node(&self, request: pb::RegisterNodeRequest) -> Result<pb::Node> {
+        if request.node_id.is_empty() {
+            return self.register_attacher(request).await;
+        }
         let node = Node {
             id: convert::id("node_id", &request.node_id, NodeId::from_slice)?,
             name: request.name,
@@ -183,16 +188,52 @@ impl Member {
         let request = convert::request_key(&request.request_id)?;
         self.linearize().await?;
         let same = self.shared.state().node(node.id) == Some(&node);
-        if !same {
-            self.propose(Command {
-                request,
-                operation: Operation::RegisterNode(node.clone()),
-            })
-            .await?;
-        }
+        let node = if same {
+            node
+        } else {
+            self.propose_node(request, Operation::RegisterNode(node))
+                .await?
+        };
         self.liveness()
             .hear(Instant::now(), node.id, std::iter::empty());
         Ok(self.with_view(|_, view| node_message(&node, view)))
+    }
+
+    /// A node that attaches volumes. Only a storage daemon's registration and heartbeats say that a
+    /// daemon lives, so nothing is heard here of a node that has one.
+    async fn register_attacher(&self, request: pb::RegisterNodeRequest) -> Result<pb::Node> {
+        let attacher = Attacher {
+            name: request.name,
+            labels: convert::labels(request.labels),
+            address: request.admin_address,
+        };
+        let key = convert::request_key(&request.request_id)?;
+        self.linearize().await?;
+        let node = {
+            let state = self.shared.state();
+            state
+                .knows_attacher(&attacher)
+                .then(|| state.attacher_node(&attacher))
+        };
+        let node = match node {
+            Some(node) => node,
+            None => {
+                self.propose_node(key, Operation::RegisterAttacher(attacher))
+                    .await?
+            }
+        };
+        if node.id == attacher_id(&node.name) {
+            self.liveness()
+                .hear(Instant::now(), node.id, std::iter::empty());
+        }
+        Ok(self.with_view(|_, view| node_message(&node, view)))
+    }
+
+    async fn propose_node(&self, request: RequestKey, operation: Operation) -> Result<Node> {
+        match self.propose(Command { request, operation }).await? {
+            Answer::Node(node) => Ok(node),
+            other => Err(unexpected(&other)),
+        }
     }
 
     pub(super) async fn register_disk(&self, request: pb::RegisterDiskRequest) -> Result<pb::Disk> {

@@ -14,6 +14,8 @@ use super::{Options, Running};
 use crate::raft::config::Tuning;
 use crate::raft::network::channel;
 
+mod publications;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Cluster {

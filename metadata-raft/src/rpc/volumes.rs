@@ -34,12 +34,12 @@ fn unix_ms() -> u64 {
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn volume_id(bytes: &[u8]) -> std::result::Result<VolumeId, Status> {
+pub(super) fn volume_id(bytes: &[u8]) -> std::result::Result<VolumeId, Status> {
     convert::id("volume_id", bytes, VolumeId::from_slice)
 }
 
 impl Member {
-    fn volume_message(&self, volume: &Volume) -> pb::Volume {
+    pub(super) fn volume_message(&self, volume: &Volume) -> pb::Volume {
         view::volume(&self.shared.state(), volume)
     }
 
@@ -48,7 +48,7 @@ impl Member {
         view::endpoints(state, volume, |disk| self.disk_alive(state, disk))
     }
 
-    async fn propose_volume(
+    pub(super) async fn propose_volume(
         &self,
         request: RequestKey,
         operation: Operation,
@@ -81,12 +81,24 @@ impl Member {
                 .pool(create.pool)
                 .ok_or_else(|| model::no_such_pool(&request.pool))?;
             let preferred = state.node_by_name(&request.preferred_node).map(|n| n.id);
+            if request.require_preferred_node && preferred.is_none() {
+                let shown: String = request
+                    .preferred_node
+                    .chars()
+                    .take(validate::NAME_BYTES_MAX)
+                    .collect();
+                return Err(Status::not_found(format!(
+                    "preferred_node: no node {shown:?} is registered; see `ashlar node list`"
+                ))
+                .into());
+            }
             let wish = Wish {
                 pool: &pool.spec,
                 size_bytes: create.size_bytes,
                 replicas: create.replicas,
                 groups: request.groups,
                 preferred,
+                require_preferred: request.require_preferred_node,
             };
             create.groups = placement::place(state, view, &wish)?;
             Ok::<_, Fault>(Ok(create))
@@ -164,24 +176,6 @@ impl Member {
         let request = convert::request_key(&request.request_id)?;
         self.propose(Command { request, operation }).await?;
         Ok(pb::DeleteVolumeResponse {})
-    }
-
-    pub(super) async fn publish_volume(&self, _: pb::PublishVolumeRequest) -> Result<pb::Volume> {
-        Err(Status::unimplemented("publish_volume").into())
-    }
-
-    pub(super) async fn unpublish_volume(
-        &self,
-        _: pb::UnpublishVolumeRequest,
-    ) -> Result<pb::Volume> {
-        Err(Status::unimplemented("unpublish_volume").into())
-    }
-
-    pub(super) async fn set_volume_format(
-        &self,
-        _: pb::SetVolumeFormatRequest,
-    ) -> Result<pb::Volume> {
-        Err(Status::unimplemented("set_volume_format").into())
     }
 
     pub(super) async fn open_volume(
