@@ -292,6 +292,76 @@ fn replicas_are_listed_rebuilt_and_not_moved_without_room() {
 }
 
 #[test]
+fn publications_are_shown_and_taken_back() {
+    let mut model = three_nodes();
+    let publication = |node: &str| pb::Publication {
+        node_name: node.into(),
+        mode: pb::AttachMode::ReadOnly.into(),
+    };
+    model.volumes.push(pb::Volume {
+        volume_id: vec![9; 16],
+        name: "v".into(),
+        publications: vec![publication("a"), publication("b")],
+        holder: Some(pb::Attachment {
+            client_id: vec![4; 16],
+            client_name: "client-on-a".into(),
+            ..Default::default()
+        }),
+        format: Some(pb::VolumeFormat {
+            state: pb::FormatState::Formatting.into(),
+            fs_type: "ext4".into(),
+        }),
+        ..Default::default()
+    });
+    let server = FakeMetadata::start(model);
+    let at = server.address.to_string();
+    let shown = ashlar(&at, &["volume", "show", "v"]);
+    assert!(stdout(&shown).contains("a (read-only), b (read-only)"));
+    assert!(stdout(&shown).contains("ext4, not finished"));
+    let shown = json(&ashlar(&at, &["-o", "json", "volume", "show", "v"]));
+    assert_eq!(shown["publications"][1]["node"], "b");
+    assert_eq!(shown["publications"][1]["mode"], "read-only");
+    assert_eq!(shown["format"]["state"], "formatting");
+
+    let unasked = ashlar(&at, &["volume", "unpublish", "v"]);
+    assert_eq!(code(&unasked), 2);
+    assert!(stderr(&unasked).contains("client-on-a"));
+    let elsewhere = ashlar(&at, &["volume", "unpublish", "v", "--node", "c"]);
+    assert_eq!(code(&elsewhere), 0, "{}", stderr(&elsewhere));
+    assert!(stdout(&elsewhere).contains("not published to c"));
+    assert!(server.model.lock().unwrap().request_ids.is_empty());
+
+    let one = ["volume", "unpublish", "v", "--node", "b", "--yes"];
+    assert_eq!(code(&ashlar(&at, &one)), 0);
+    let left = server.model.lock().unwrap().volumes[0].clone();
+    assert_eq!(left.publications, [publication("a")]);
+    let all = ashlar(&at, &["volume", "unpublish", "v", "--yes"]);
+    assert_eq!(code(&all), 0, "{}", stderr(&all));
+    assert!(stdout(&all).contains("client-on-a lost it"));
+    let deleted = ashlar(&at, &["volume", "delete", "v", "--yes"]);
+    assert_eq!(code(&deleted), 0, "{}", stderr(&deleted));
+}
+
+#[test]
+fn a_published_volume_is_not_deleted() {
+    let mut model = three_nodes();
+    model.volumes.push(pb::Volume {
+        volume_id: vec![9; 16],
+        name: "v".into(),
+        publications: vec![pb::Publication {
+            node_name: "worker".into(),
+            mode: pb::AttachMode::Exclusive.into(),
+        }],
+        ..Default::default()
+    });
+    let server = FakeMetadata::start(model);
+    let at = server.address.to_string();
+    let deleted = ashlar(&at, &["volume", "delete", "v", "--yes"]);
+    assert_eq!(code(&deleted), 4);
+    assert!(stderr(&deleted).contains("worker"));
+}
+
+#[test]
 fn usage_errors_end_with_2_and_completions_are_printed() {
     let server = FakeMetadata::start(Model::default());
     let at = server.address.to_string();

@@ -68,19 +68,22 @@ fn context(cli: &Cli) -> Result<Context> {
 
 /// Asks before something is destroyed: `--yes`, or the name typed on a terminal.
 pub fn confirm(what: &str, name: &str, yes: bool) -> Result<()> {
+    confirm_that(&format!("deletes {what} {name:?} and its data"), name, yes)
+}
+
+/// Asks before something is done that hurts: `doing` as in "deletes it", after "this".
+pub fn confirm_that(doing: &str, name: &str, yes: bool) -> Result<()> {
     if yes {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(
-            CliError::usage(format!("{what} {name:?} would be deleted, with its data"))
-                .hint("add --yes if that is meant"),
-        );
+        return Err(CliError::usage(format!("not confirmed: this {doing}"))
+            .hint("add --yes if that is meant"));
     }
-    eprint!("This deletes {what} {name:?} and its data. Type its name to go on: ");
+    eprint!("This {doing}. Type {name} to go on: ");
     let mut answer = String::new();
     match std::io::stdin().read_line(&mut answer) {
         Ok(_) if answer.trim() == name => Ok(()),
-        _ => Err(CliError::conflict("not confirmed; nothing was deleted")),
+        _ => Err(CliError::conflict("not confirmed; nothing was changed")),
     }
 }

@@ -48,7 +48,12 @@ impl NodeView {
     }
 
     fn state(&self) -> &'static str {
-        if self.alive { "alive" } else { "silent" }
+        match (self.alive, self.admin_address.is_empty()) {
+            // Without a storage daemon nobody sends heartbeats.
+            (_, true) => "attach-only",
+            (true, false) => "alive",
+            (false, false) => "silent",
+        }
     }
 
     fn heartbeat(&self) -> String {
@@ -83,7 +88,7 @@ async fn list(context: &mut Context) -> Result<()> {
     context.output.list(&nodes, &header, |n| {
         vec![
             cell(&n.name),
-            health(n.state(), n.alive),
+            health(n.state(), n.state() != "silent"),
             cell(n.heartbeat()),
             cell(&n.admin_address),
             cell(output::labels(&n.labels)),

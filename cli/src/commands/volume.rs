@@ -47,6 +47,18 @@ pub enum VolumeCommand {
         #[arg(short, long)]
         yes: bool,
     },
+    /// Takes back the right to attach a volume, for a node that is gone for good; a client that still
+    /// holds the volume there loses it at once
+    Unpublish {
+        /// Name or id
+        volume: String,
+        /// Only this node's [default: every node's]
+        #[arg(long)]
+        node: Option<String>,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+    },
 }
 
 /// Of `volume create`.
@@ -90,6 +102,19 @@ struct HolderView {
 }
 
 #[derive(Serialize)]
+struct PublicationView {
+    node: String,
+    mode: &'static str,
+}
+
+#[derive(Serialize)]
+struct FormatView {
+    /// `formatting` (an unfinished one is worth nothing) or `formatted`.
+    state: &'static str,
+    fs_type: String,
+}
+
+#[derive(Serialize)]
 struct VolumeReplicaView {
     group: usize,
     disk_id: String,
@@ -119,6 +144,8 @@ struct VolumeView {
     created_unix_ms: u64,
     labels: BTreeMap<String, String>,
     holder: Option<HolderView>,
+    publications: Vec<PublicationView>,
+    format: Option<FormatView>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     replica_list: Vec<VolumeReplicaView>,
 }
@@ -151,14 +178,43 @@ impl VolumeView {
                 client_id: output::id_text(&h.client_id),
                 client: h.client_name.clone(),
                 node_id: output::id_text(&h.node_id),
-                mode: match h.mode() {
-                    pb::AttachMode::Shared => "shared",
-                    pb::AttachMode::ReadOnly => "read-only",
-                    pb::AttachMode::Exclusive | pb::AttachMode::Unspecified => "exclusive",
-                },
+                mode: mode_name(h.mode()),
                 epoch: h.epoch,
             }),
+            publications: volume
+                .publications
+                .iter()
+                .map(|p| PublicationView {
+                    node: p.node_name.clone(),
+                    mode: mode_name(p.mode()),
+                })
+                .collect(),
+            format: volume.format.as_ref().map(|f| FormatView {
+                state: match f.state() {
+                    pb::FormatState::Formatted => "formatted",
+                    pb::FormatState::Formatting | pb::FormatState::Unspecified => "formatting",
+                },
+                fs_type: f.fs_type.clone(),
+            }),
             replica_list: Vec::new(),
+        }
+    }
+
+    fn published_text(&self) -> String {
+        let one = |p: &PublicationView| format!("{} ({})", p.node, p.mode);
+        let all: Vec<_> = self.publications.iter().map(one).collect();
+        if all.is_empty() {
+            "-".to_owned()
+        } else {
+            all.join(", ")
+        }
+    }
+
+    fn format_text(&self) -> String {
+        match &self.format {
+            None => "-".to_owned(),
+            Some(f) if f.state == "formatted" => f.fs_type.clone(),
+            Some(f) => format!("{}, not finished", f.fs_type),
         }
     }
 
@@ -173,6 +229,14 @@ impl VolumeView {
     }
 }
 
+fn mode_name(mode: pb::AttachMode) -> &'static str {
+    match mode {
+        pb::AttachMode::Shared => "shared",
+        pb::AttachMode::ReadOnly => "read-only",
+        pb::AttachMode::Exclusive | pb::AttachMode::Unspecified => "exclusive",
+    }
+}
+
 /// Carries out a command.
 pub async fn run(command: &VolumeCommand, context: &mut Context) -> Result<()> {
     match command {
@@ -181,6 +245,9 @@ pub async fn run(command: &VolumeCommand, context: &mut Context) -> Result<()> {
         VolumeCommand::Show { volume } => show(volume, context).await,
         VolumeCommand::Resize { volume, size } => resize(volume, *size, context).await,
         VolumeCommand::Delete { volume, yes } => delete(volume, *yes, context).await,
+        VolumeCommand::Unpublish { volume, node, yes } => {
+            unpublish(volume, node.as_deref(), *yes, context).await
+        }
     }
 }
 
@@ -325,6 +392,8 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
         ("Groups", view.groups.to_string()),
         ("Epoch", view.epoch.to_string()),
         ("Holder", view.holder_text()),
+        ("Published to", view.published_text()),
+        ("Format", view.format_text()),
         (
             "Last close",
             if view.clean {
@@ -408,6 +477,17 @@ async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
         ))
         .hint("stop that client (or detach the volume there) first"));
     }
+    if !volume.publications.is_empty() {
+        return Err(CliError::conflict(format!(
+            "volume {} is still published to {}",
+            volume.name,
+            VolumeView::new(&volume).published_text()
+        ))
+        .hint(
+            "end what uses it there first (in Kubernetes: the pod); for a node that is gone for good: \
+             `ashlar volume unpublish`",
+        ));
+    }
     super::confirm("volume", &volume.name, yes)?;
     let request = pb::DeleteVolumeRequest {
         request_id: request_id(),
@@ -424,5 +504,51 @@ async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
         deleted: true,
     };
     let sentence = format!("volume {} is deleted", view.name);
+    context.output.done(&view, &sentence)
+}
+
+async fn unpublish(name: &str, node: Option<&str>, yes: bool, context: &mut Context) -> Result<()> {
+    let volume = context.metadata.volume(name).await?;
+    let affected: Vec<&str> = volume
+        .publications
+        .iter()
+        .map(|p| p.node_name.as_str())
+        .filter(|n| node.is_none_or(|node| node == *n))
+        .collect();
+    if affected.is_empty() {
+        let sentence = match node {
+            Some(node) => format!("volume {} is not published to {node}", volume.name),
+            None => format!("volume {} is published to no node", volume.name),
+        };
+        return context.output.done(&VolumeView::new(&volume), &sentence);
+    }
+    let nodes = affected.join(", ");
+    let mut doing = format!("takes volume {:?} away from {nodes}", volume.name);
+    if let Some(holder) = &volume.holder {
+        doing.push_str(&format!(
+            "; {} holds it now, and loses it with what it has not written yet if it is there",
+            holder.client_name
+        ));
+    }
+    super::confirm_that(&doing, &volume.name, yes)?;
+    let request = pb::UnpublishVolumeRequest {
+        request_id: request_id(),
+        volume_id: volume.volume_id.clone(),
+        node_name: node.unwrap_or_default().to_owned(),
+    };
+    let doing = format!("unpublish the volume {:?}", volume.name);
+    let after = context
+        .metadata
+        .call(&doing, request, async |mut c, q| {
+            c.unpublish_volume(q).await
+        })
+        .await?;
+    let view = VolumeView::new(&after);
+    let lost = volume.holder.as_ref().filter(|_| after.holder.is_none());
+    let lost = lost.map_or(String::new(), |h| format!("; {} lost it", h.client_name));
+    let sentence = format!(
+        "volume {} is no longer published to {nodes}{lost}",
+        view.name
+    );
     context.output.done(&view, &sentence)
 }

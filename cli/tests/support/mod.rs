@@ -304,8 +304,26 @@ impl Metadata for Service {
     async fn publish_volume(&self, _: Request<pb::PublishVolumeRequest>) -> Answer<pb::Volume> {
         unused()
     }
-    async fn unpublish_volume(&self, _: Request<pb::UnpublishVolumeRequest>) -> Answer<pb::Volume> {
-        unused()
+    async fn unpublish_volume(
+        &self,
+        request: Request<pb::UnpublishVolumeRequest>,
+    ) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            let volume = m
+                .volumes
+                .iter_mut()
+                .find(|v| v.volume_id == request.volume_id);
+            let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+            let all = request.node_name.is_empty();
+            volume
+                .publications
+                .retain(|p| !all && p.node_name != request.node_name);
+            if volume.publications.is_empty() {
+                volume.holder = None;
+            }
+            Ok(volume.clone())
+        })
     }
     async fn set_volume_format(
         &self,
