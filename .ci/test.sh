@@ -47,6 +47,7 @@ for test in tests/tests/*.rs; do
     # One at a time: each starts whole clusters and looks at times.
     step "$name" cargo test -p ashlar-tests --locked --test "$name" -- --test-threads=1
 done
+step chart .ci/chart.sh "$target/debug"
 
 # Planted mistakes in the protocol must be caught; they are another build of the client.
 step planted-mistakes cargo test -p ashlar-tests --locked --features planted-bugs --test sim_seeds -- planted

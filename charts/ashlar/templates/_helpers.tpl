@@ -1,133 +1,167 @@
-{{/* Names, labels, images and addresses that more than one template uses. */}}
-
-{{- define "ashlar.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
-{{- end }}
+{{/* Names, labels and the pieces that several workloads share. */}}
 
 {{- define "ashlar.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
-{{- else if contains (include "ashlar.name" .) .Release.Name }}
-{{- .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "ashlar.name" .) | trunc 40 | trimSuffix "-" }}
-{{- end }}
-{{- end }}
-
-{{/* Labels that never change. Call with (list $ "component"). */}}
-{{- define "ashlar.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "ashlar.name" (index . 0) }}
-app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
-app.kubernetes.io/component: {{ index . 1 }}
-{{- end }}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains "ashlar" .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-ashlar" .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
 
 {{- define "ashlar.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+app.kubernetes.io/name: ashlar
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{/* Selector of a component: (list $ "metadata") */}}
+{{- define "ashlar.selector" -}}
 {{- $root := index . 0 -}}
-{{ include "ashlar.selectorLabels" . }}
-app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
-app.kubernetes.io/part-of: ashlar
-app.kubernetes.io/managed-by: {{ $root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
-{{- end }}
+app.kubernetes.io/name: ashlar
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
 
-{{/* An image of Ashlar's own. Call with (list $ .Values.image). */}}
+{{/* Image of our programs: (list $ "daemons") or (list $ "node") */}}
 {{- define "ashlar.image" -}}
-{{- $root := index . 0 -}}{{- $image := index . 1 -}}
-{{- $tag := default $root.Chart.AppVersion $image.tag -}}
-{{- if $root.Values.imageRegistry -}}{{ trimSuffix "/" $root.Values.imageRegistry }}/{{- end -}}
-{{ $image.repository }}:{{ $tag }}
-{{- end }}
+{{- $root := index . 0 -}}
+{{- $image := index $root.Values.image (index . 1) -}}
+{{- if $image.digest -}}
+{{ $root.Values.image.registry }}/{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $root.Values.image.registry }}/{{ $image.repository }}:{{ $image.tag | default $root.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
 
-{{/* A sidecar's image. Call with (list $ "provisioner"). */}}
+{{/* Image of a sidecar: (list $ "provisioner") */}}
 {{- define "ashlar.sidecarImage" -}}
-{{- $sidecars := (index . 0).Values.sidecars -}}{{- $image := index $sidecars (index . 1) -}}
-{{ trimSuffix "/" $sidecars.registry }}/{{ $image.repository }}:{{ $image.tag }}
-{{- end }}
+{{- $root := index . 0 -}}
+{{- $image := index $root.Values.csi.sidecars (index . 1) "image" -}}
+{{ $root.Values.csi.sidecars.registry }}/{{ $image }}
+{{- end -}}
 
 {{- define "ashlar.pullSecrets" -}}
-{{- with .Values.imagePullSecrets }}
+{{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
   - name: {{ . }}
 {{- end }}
 {{- end }}
-{{- end }}
+{{- end -}}
 
-{{/* What a daemon listens on to be reached on every address. */}}
+{{/* host:port of member n: (list $ 1) */}}
+{{- define "ashlar.member" -}}
+{{- $root := index . 0 -}}
+{{- $name := include "ashlar.fullname" $root -}}
+{{ $name }}-metadata-{{ index . 1 }}.{{ $name }}-metadata.{{ $root.Release.Namespace }}.svc:{{ $root.Values.metadata.port }}
+{{- end -}}
+
+{{/* All members, as --metadata wants them. */}}
+{{- define "ashlar.members" -}}
+{{- $root := . -}}
+{{- $all := list -}}
+{{- range $n := untilStep 1 (int (add1 .Values.metadata.members)) 1 -}}
+{{- $all = append $all (include "ashlar.member" (list $root $n)) -}}
+{{- end -}}
+{{- join "," $all -}}
+{{- end -}}
+
+{{/* The members that the cluster began with, as --bootstrap wants them. */}}
+{{- define "ashlar.bootstrap" -}}
+{{- $root := . -}}
+{{- $all := list -}}
+{{- range $n := untilStep 1 (int (add1 .Values.metadata.initialMembers)) 1 -}}
+{{- $all = append $all (printf "%d=%s" $n (include "ashlar.member" (list $root $n))) -}}
+{{- end -}}
+{{- join "," $all -}}
+{{- end -}}
+
+{{/* Every address of a pod. */}}
 {{- define "ashlar.any" -}}
 {{- if eq .Values.ipFamily "IPv6" -}}[::]{{- else -}}0.0.0.0{{- end -}}
-{{- end }}
-
-{{/* Domain of the metadata members. */}}
-{{- define "ashlar.metadataDomain" -}}
-{{ include "ashlar.fullname" . }}-metadata.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
-{{- end }}
-
-{{/* host:port of every metadata member. */}}
-{{- define "ashlar.metadata" -}}
-{{- $list := list -}}
-{{- range $n := untilStep 1 (int (add1 .Values.metadata.replicas)) 1 -}}
-{{- $list = append $list (printf "%s-metadata-%d.%s:%d" (include "ashlar.fullname" $) $n (include "ashlar.metadataDomain" $) (int $.Values.metadata.port)) -}}
 {{- end -}}
-{{ join "," $list }}
-{{- end }}
 
-{{/* 1=host:port,2=... as --bootstrap takes it. */}}
-{{- define "ashlar.bootstrap" -}}
-{{- $list := list -}}
-{{- range $i, $address := splitList "," (include "ashlar.metadata" .) -}}
-{{- $list = append $list (printf "%d=%s" (add1 $i) $address) -}}
+{{/* The pod's own address, from the variable POD_IP. */}}
+{{- define "ashlar.own" -}}
+{{- if eq .Values.ipFamily "IPv6" -}}[$(POD_IP)]{{- else -}}$(POD_IP){{- end -}}
 {{- end -}}
-{{ join "," $list }}
-{{- end }}
 
-{{- define "ashlar.priorityControlPlane" -}}
-{{- if .Values.priorityClasses.create -}}{{ include "ashlar.fullname" . }}-control-plane{{- else -}}{{ .Values.priorityClasses.controlPlane }}{{- end -}}
-{{- end }}
-
-{{- define "ashlar.priorityNode" -}}
-{{- if .Values.priorityClasses.create -}}{{ include "ashlar.fullname" . }}-node{{- else -}}{{ .Values.priorityClasses.node }}{{- end -}}
-{{- end }}
-
-{{/* A container without rights. */}}
-{{- define "ashlar.restricted" -}}
-allowPrivilegeEscalation: false
-readOnlyRootFilesystem: true
-runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-capabilities: {drop: [ALL]}
-seccompProfile: {type: RuntimeDefault}
-{{- end }}
-
-{{/* The pod of a hook, which runs a script with the ashlar command. Call with (list $ "name" "script" $env). */}}
-{{- define "ashlar.hookPod" -}}
+{{- define "ashlar.priorityClass" -}}
 {{- $root := index . 0 -}}
-metadata:
-  labels:
-    {{- include "ashlar.labels" (list $root "hook") | nindent 4 }}
-spec:
-  restartPolicy: Never
-  serviceAccountName: default
-  automountServiceAccountToken: false
-  {{- include "ashlar.pullSecrets" $root | nindent 2 }}
-  containers:
-    - name: {{ index . 1 }}
-      image: {{ include "ashlar.image" (list $root $root.Values.image) }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      command: ["/bin/sh", "-c"]
-      args:
-        - |
-          {{- $root.Files.Get (index . 2) | nindent 10 }}
-      env:
-        - name: ASHLAR_METADATA
-          value: {{ include "ashlar.metadata" $root }}
-        {{- with index . 3 }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
-      resources:
-        requests: {cpu: 10m, memory: 32Mi}
-        limits: {memory: 128Mi}
-      securityContext:
-        {{- include "ashlar.restricted" $root | nindent 8 }}
+{{- $which := index . 1 -}}
+{{- $given := index $root.Values.priorityClasses $which -}}
+{{- if $given -}}
+priorityClassName: {{ $given }}
+{{- else if $root.Values.priorityClasses.create -}}
+priorityClassName: {{ include "ashlar.fullname" $root }}-{{ $which }}
+{{- end -}}
+{{- end -}}
+
+{{/* nodeSelector, affinity, tolerations of a component's values. */}}
+{{- define "ashlar.scheduling" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* What a container without any need of the node runs with. */}}
+{{- define "ashlar.restricted" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  capabilities:
+    drop: [ALL]
+  seccompProfile:
+    type: RuntimeDefault
+{{- end -}}
+
+{{/* Restarts pods when a script changes. */}}
+{{- define "ashlar.scriptsChecksum" -}}
+checksum/scripts: {{ (.Files.Glob "scripts/*").AsConfig | sha256sum }}
+{{- end -}}
+
+{{- define "ashlar.env.pod" -}}
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: POD_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.name
+- name: NODE_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+{{- end -}}
+
+{{/* The node's zone, where Kubernetes copies it to the pod (1.35 and newer); else empty. */}}
+{{- define "ashlar.env.zone" -}}
+- name: ZONE
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.labels['topology.kubernetes.io/zone']
+{{- end -}}
+
+{{- define "ashlar.env.metadata" -}}
+- name: ASHLAR_METADATA
+  value: {{ include "ashlar.members" . | quote }}
+- name: ASHLAR_LOG
+  value: {{ .Values.logLevel | quote }}
+{{- end -}}
