@@ -1,13 +1,29 @@
 """Checks that every ashlar_ metric in rules and dashboard is in the reference. Usage: chart_metrics.py REFERENCE RENDERED"""
 
+import json
 import pathlib
 import re
 import sys
 
+import yaml
+
 reference, rendered = map(pathlib.Path, sys.argv[1:])
 # A histogram's series have names of their own.
 SERIES = re.compile(r"_(bucket|sum|count)$")
-used = {SERIES.sub("", m) for m in re.findall(r"\bashlar_[a-z0-9_]+", rendered.read_text())}
+documents = [d for d in yaml.safe_load_all(rendered.read_text()) if d]
+boards = [json.loads(text) for d in documents if d["metadata"]["name"].endswith("-dashboard") for text in d["data"].values()]
+rules = [r for d in documents if d["kind"] == "PrometheusRule" for g in d["spec"]["groups"] for r in g["rules"]]
+expressions = [t["expr"] for b in boards for p in b["panels"] for t in p["targets"]] + [r["expr"] for r in rules]
+if not boards or not rules:
+    sys.exit("there is no dashboard or no rule: the check sees nothing")
+for expression in expressions:
+    # What a typing error unbalances. (Prometheus itself is not there to ask.)
+    if any(expression.count(a) != expression.count(b) for a, b in ("()", "[]", "{}")) or expression.count('"') % 2:
+        sys.exit(f"not balanced: {expression}")
+for rule in rules:
+    if not {"summary", "description"} <= rule["annotations"].keys() or "severity" not in rule["labels"]:
+        sys.exit(f"{rule['alert']}: needs summary, description and severity")
+used = {SERIES.sub("", m) for m in re.findall(r"\bashlar_[a-z0-9_]+", " ".join(expressions))}
 if not used:
     sys.exit("no metric is used: the check sees nothing")
 if not reference.exists():

@@ -94,7 +94,7 @@ cat >"$fake/nbd-client" <<'FAKE'
 [ "$1" = node ] || exit 0
 exec 9>"$STATE_DIR/lock"
 flock 9
-echo "started $$" >>"$STATE_DIR/events"
+echo "started $$ $*" >>"$STATE_DIR/events"
 trap 'echo "terminated $$" >>"$STATE_DIR/events"; exit 0' TERM
 while [ ! -e "$STATE_DIR/successor" ] && [ ! -e "$STATE_DIR/crash" ]; do
     sleep 0.1 9>&-
@@ -107,7 +107,19 @@ export STATE_DIR="$work/state" SOCKET="$work/state/socket"
 starts() {
     [ "$(grep -c started "$STATE_DIR/events")" = "$1" ]
 }
-PATH=$fake:$PATH sh "$scripts/nbd-client.sh" run 2>"$work/wrapper" &
+# Somebody listens on the first port, as the predecessor does in an upgrade.
+mkfifo "$work/pipe"
+python3 -c '
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sys.stdin.read()
+' <"$work/pipe" >"$work/port" &
+exec 7>"$work/pipe"
+eventually test -s "$work/port"
+METRICS="127.0.0.1:$(cat "$work/port") 127.0.0.1:1"
+export METRICS
+PATH=$fake:$PATH sh "$scripts/nbd-client.sh" run 2>"$work/wrapper" 7>&- &
 server=$!
 eventually starts 1
 (
@@ -123,6 +135,9 @@ rm "$STATE_DIR/successor"
 eventually grep -q "handed over" "$work/wrapper"
 eventually pgrep -P "$server" -x flock
 starts 1 || fail "started again beside its successor"
+grep -q -- "--metrics=127.0.0.1:1\$" "$STATE_DIR/events" || fail "metrics: $(cat "$STATE_DIR/events")"
+exec 7>&-
+ok "metrics are on the port that is free"
 ok "after a hand-over it waits and does not take the devices back"
 touch "$work/successor-ends"
 eventually starts 2

@@ -6,10 +6,25 @@
 # back. So this script keeps the old pod waiting, on the lock of the state directory, until it is deleted; or
 # until the successor ends without one of its own: then it serves again.
 #
-# Environment: STATE_DIR, SOCKET.
+# For the same moment the metrics have two addresses: both processes use the host's network, and one that cannot
+# listen does not start.
+#
+# Environment: STATE_DIR, SOCKET, METRICS (addresses with ports, separated by spaces; may be empty).
 set -u
 
-: "${STATE_DIR:?}" "${SOCKET:?}"
+: "${STATE_DIR:?}" "${SOCKET:?}" "${METRICS=}"
+
+# The first of the addresses whose port nobody listens on.
+free_address() {
+    for address in $METRICS; do
+        port=$(printf '%04X' "${address##*:}")
+        if ! cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q "^ *[0-9]*: [0-9A-F]*:$port [0-9A-F]*:0000 0A "; then
+            echo "$address"
+            return
+        fi
+    done
+    [ -z "$METRICS" ] || echo "no metrics: somebody listens on each of $METRICS" >&2
+}
 
 case ${1:?run or ready} in
 run)
@@ -31,7 +46,12 @@ run)
         done
     }
     while [ -z "$ended" ]; do
-        nbd-client node --state-dir="$STATE_DIR" --socket="$SOCKET" "$@" &
+        address=$(free_address)
+        if [ -n "$address" ]; then
+            nbd-client node --state-dir="$STATE_DIR" --socket="$SOCKET" --metrics="$address" "$@" &
+        else
+            nbd-client node --state-dir="$STATE_DIR" --socket="$SOCKET" "$@" &
+        fi
         child=$!
         await
         code=$?
