@@ -129,6 +129,10 @@ ok "least privilege, hand-over and persistence are as they must be"
 
 # --- metrics ---
 python3 .ci/chart_metrics.py docs/metrics.md "$out/full.yaml" || fail "metrics of rules and dashboard"
+if [ -f docs/metrics.md ]; then
+    sed 's/ashlar_metadata_is_leader/ashlar_metadata_is_leading/' "$out/full.yaml" >"$out/wrong.yaml"
+    if python3 .ci/chart_metrics.py docs/metrics.md "$out/wrong.yaml" >/dev/null; then fail "not noticed: a misspelt metric"; fi
+fi
 ok "metrics of rules and dashboard"
 
 # --- programs ---
