@@ -3,9 +3,11 @@
 //! - [`engine`]: the volume session, rules R0-R9, sans-IO.
 //! - [`nbd`]: the NBD protocol's server side, sans-IO.
 //! - [`client`]: reactor threads, connections and metadata access around the two.
+//! - [`node`]: volumes as devices of this machine's kernel.
 //!
 //! Architecture invariant: `engine` and `nbd` do no I/O and know neither tokio nor sockets.
 
 pub mod client;
 pub mod engine;
 pub mod nbd;
+pub mod node;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use nbd_client::client::{Endpoint, Outcome, ServeConfig, VolumeSpec, serve, stats};
+use nbd_client::node;
 use tracing_subscriber::EnvFilter;
 
 /// Volume client of an Ashlar cluster.
@@ -27,6 +28,41 @@ enum Command {
     Serve(Serve),
     /// Show the statistics of a running `serve` as JSON.
     Stats(Stats),
+    /// Run the node's service, which makes block devices of volumes.
+    Node(Node),
+    #[command(flatten)]
+    Attachments(node::command::Command),
+}
+
+#[derive(Args, Debug)]
+struct Node {
+    /// Metadata members, `host:port`.
+    #[arg(long, env = "ASHLAR_METADATA", value_delimiter = ',', required = true)]
+    metadata: Vec<String>,
+    /// Name of this node in the cluster.
+    #[arg(long, env = "ASHLAR_NODE")]
+    node: String,
+    /// Where attachments are remembered across restarts; on a disk of this machine.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/ashlar/nbd")]
+    state_dir: PathBuf,
+    /// The service's unix socket (mode 0600).
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "ASHLAR_NBD_SOCKET",
+        default_value = "/run/ashlar/nbd.sock"
+    )]
+    socket: PathBuf,
+    /// Reactor threads; volumes are spread over them.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: u16,
+    /// Directory in which storage daemons on this machine have a unix socket per disk (their option of the
+    /// same name): used instead of TCP for the disks found there.
+    #[arg(long, value_name = "DIR", env = "ASHLAR_LOCAL_SOCKETS")]
+    local_sockets: Option<PathBuf>,
+    /// Seconds for an orderly end of a volume.
+    #[arg(long, default_value_t = 10)]
+    close_timeout: u64,
 }
 
 #[derive(Args, Debug)]
@@ -89,6 +125,11 @@ fn main() -> ExitCode {
                     run_serve(options, pairs)
                 }
                 Command::Stats(options) => run_stats(&options),
+                Command::Node(options) => run_node(options),
+                Command::Attachments(command) => {
+                    runtime()?.block_on(node::command::run(command))?;
+                    Ok(ExitCode::SUCCESS)
+                }
             }
         });
     match result {
@@ -157,20 +198,8 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
         stats_socket: options.stats_socket,
         close_timeout: Duration::from_secs(options.close_timeout),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let outcome = runtime.block_on(async {
-        let mut terminate =
-            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-        let shutdown = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        };
-        anyhow::Ok(serve(config, shutdown).await?)
-    })?;
+    let outcome =
+        runtime()?.block_on(async { anyhow::Ok(serve(config, shutdown_signal()?).await?) })?;
     Ok(match outcome {
         Outcome::Closed => ExitCode::SUCCESS,
         Outcome::TimedOut(names) => {
@@ -185,11 +214,42 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
     })
 }
 
-fn run_stats(options: &Stats) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?;
-    let statistics = runtime
+        .build()?)
+}
+
+/// Ends at SIGTERM or SIGINT.
+fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    })
+}
+
+fn run_node(options: Node) -> anyhow::Result<ExitCode> {
+    let config = node::NodeConfig {
+        metadata: options.metadata,
+        node: options.node,
+        state_dir: options.state_dir,
+        socket: options.socket,
+        local_sockets: options.local_sockets,
+        threads: usize::from(options.threads),
+        close_timeout: Duration::from_secs(options.close_timeout),
+    };
+    let runtime = runtime()?;
+    runtime.block_on(async { anyhow::Ok(node::run(config, shutdown_signal()?).await?) })?;
+    // A thread that waits for news of the kernel does not end by itself.
+    runtime.shutdown_background();
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_stats(options: &Stats) -> anyhow::Result<ExitCode> {
+    let statistics = runtime()?
         .block_on(stats::ask(&options.socket, options.reset))
         .with_context(|| format!("ask {}", options.socket.display()))?;
     println!("{}", serde_json::to_string_pretty(&statistics)?);

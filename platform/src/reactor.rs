@@ -22,6 +22,7 @@ mod connection;
 mod disks;
 mod input;
 mod output;
+mod release;
 mod ring;
 mod slab;
 mod socket;
@@ -297,6 +298,22 @@ impl Reactor {
         Ok(self.add_connection(socket, State::Open))
     }
 
+    /// As `adopt`, of a socket on which `received` has come in already. If that is not empty, a
+    /// `Received` follows.
+    ///
+    /// # Errors
+    /// As `adopt`.
+    pub fn adopt_with(&mut self, socket: OwnedFd, received: &[u8]) -> io::Result<ConnId> {
+        let conn = self.adopt(socket)?;
+        if let Some(connection) = self.connections.at(conn.slot)
+            && !received.is_empty()
+        {
+            connection.input.received = BytesMut::from(received);
+            self.ready.push(Event::Received { conn });
+        }
+        Ok(conn)
+    }
+
     fn add_connection(&mut self, socket: OwnedFd, state: State) -> ConnId {
         let connection = Connection::new(Some(socket), state, self.config.receive_buffer);
         let (slot, generation) = self.connections.insert(connection);
@@ -434,7 +451,9 @@ impl Reactor {
                 self.mark(conn.slot);
             }
             State::Lingering => {}
-            State::Open | State::Connecting | State::Dead { .. } => self.close(conn),
+            State::Open | State::Connecting | State::Releasing | State::Dead { .. } => {
+                self.close(conn);
+            }
         }
     }
 

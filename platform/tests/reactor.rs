@@ -280,6 +280,77 @@ fn partial_sends_continue_and_the_queue_is_counted() {
 }
 
 #[test]
+fn a_released_socket_carries_on_elsewhere_without_a_byte_lost() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut socket = OwnedFd::from(ours);
+    let mut received = Bytes::new();
+    let sent = stream(21, 5_000_000);
+    let expected = sent.clone();
+    let writer = thread::spawn(move || {
+        for chunk in sent.chunks(9_001) {
+            theirs.write_all(chunk).unwrap();
+        }
+        let mut replies = vec![0; 30 * 4];
+        theirs.read_exact(&mut replies).unwrap();
+        replies
+    });
+    let mut all = Vec::new();
+    for turn in 0..30_u32 {
+        let mut reactor = reactor();
+        let conn = reactor.adopt_with(socket, &received).unwrap();
+        let goal = expected.len() * (turn as usize + 1) / 30;
+        until(&mut reactor, |reactor, event| {
+            let Event::Received { conn } = event else {
+                return None;
+            };
+            let input = reactor.input(conn);
+            // Something is left behind each time, for the next owner.
+            let used = input.len().min(expected.len() - all.len()).min(50_000);
+            all.extend_from_slice(&input.split_to(used));
+            let more = !input.is_empty();
+            if more && all.len() < goal {
+                reactor.pause_receive(conn);
+                reactor.resume_receive(conn);
+            }
+            (all.len() >= goal).then_some(())
+        });
+        reactor.send(conn, Bytes::copy_from_slice(&turn.to_le_bytes()));
+        reactor.release(conn);
+        (socket, received) = until(&mut reactor, |_, event| match event {
+            Event::Released {
+                socket, received, ..
+            } => Some((socket, received)),
+            other => {
+                assert!(!matches!(other, Event::Closed { .. }), "{other:?}");
+                None
+            }
+        });
+    }
+    assert!(all == expected && received.is_empty());
+    let replies: Vec<u8> = (0..30_u32).flat_map(u32::to_le_bytes).collect();
+    assert_eq!(writer.join().unwrap(), replies);
+}
+
+#[test]
+fn a_peer_that_leaves_is_reported_although_its_socket_was_to_be_released() {
+    let mut reactor = reactor();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let conn = reactor.adopt(OwnedFd::from(ours)).unwrap();
+    reactor.pause_receive(conn);
+    drop(theirs);
+    let mut events = Vec::new();
+    let soon = reactor.now().after(Duration::from_millis(20));
+    reactor.wait(Some(soon), &mut events).unwrap();
+    reactor.release(conn);
+    until(&mut reactor, |_, event| match event {
+        Event::Closed { conn: gone, .. } | Event::Released { conn: gone, .. } => {
+            (gone == conn).then_some(())
+        }
+        _ => None,
+    });
+}
+
+#[test]
 fn a_peer_that_does_not_read_is_given_up() {
     let config = ReactorConfig {
         send_queue_max: 1_000_000,

@@ -85,7 +85,8 @@ uuid_newtype!(/// A pool of disks.
     PoolId);
 uuid_newtype!(/// A volume.
     VolumeId);
-uuid_newtype!(/// One run of one client process (nbd-client): a new id after every start.
+uuid_newtype!(/// A client (nbd-client). `serve` draws a new one at every start; the node service keeps its own, so that it may
+    /// open again what it holds.
     ClientId);
 
 /// Granted by Raft; strictly increasing per volume. A request with a lower epoch than the replica's

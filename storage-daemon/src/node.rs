@@ -386,7 +386,7 @@ impl DiskThread {
                 }
             }
             Event::Disk { completion, .. } => self.step(EngineEvent::Disk(completion)),
-            Event::Sent { .. } | Event::Woken => {}
+            Event::Sent { .. } | Event::Released { .. } | Event::Woken => {}
         }
     }
 

@@ -4,6 +4,7 @@
 //! repeated; only the end of the volume's tasks cuts it short.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +35,10 @@ pub(super) struct Volume {
     pub worker: WorkerSender,
     /// Where disks are reached, as last heard.
     pub disks: Mutex<BTreeMap<DiskId, pb::DiskEndpoint>>,
+    /// The epoch in which it was opened.
+    pub granted_epoch: AtomicU64,
+    /// The volume's epoch when it was closed.
+    pub closed_epoch: AtomicU64,
 }
 
 impl Volume {
@@ -118,7 +123,10 @@ impl Volume {
                     })
                     .await;
                 match result {
-                    Ok(_) => self.tell(SessionEvent::CloseAnswer).await,
+                    Ok(volume) => {
+                        self.closed_epoch.store(volume.epoch, Ordering::Relaxed);
+                        self.tell(SessionEvent::CloseAnswer).await;
+                    }
                     Err(status) => self.refused("CloseVolume", &status).await,
                 }
             }
@@ -163,6 +171,7 @@ impl Volume {
             self.tell(SessionEvent::OpenRefused { reason }).await;
             return false;
         };
+        self.granted_epoch.store(view.epoch.0, Ordering::Relaxed);
         self.worker.send(ToWorker::Cluster(cluster)).await;
         self.tell(SessionEvent::Granted {
             view: Box::new(view),

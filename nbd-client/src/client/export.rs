@@ -14,9 +14,10 @@ use ashlar_platform::reactor::{ConnId, ListenerId, Reactor};
 use ashlar_proto::ids::VolumeId;
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::Payload;
+use tokio::sync::oneshot;
 
 use super::engine_trait::VolumeEngine;
-use super::messages::{Endpoint, VolumeSetup};
+use super::messages::{AskReply, Endpoint, PassedSocket, VolumeSetup};
 use super::peer::{Peer, Splitting};
 use super::requests::{Kind, Requests};
 use crate::engine::{
@@ -34,6 +35,15 @@ const SEND_QUEUE_MAX: usize = 4 * 1024 * 1024;
 const RESERVE_ABOVE: usize = 4096;
 /// Time for a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Marks the tags of requests of this process: slots' tags have a part number there, which stays small.
+const ASKED: u64 = 1 << 63;
+
+/// Connections that are being given back.
+struct Release {
+    passed: Vec<PassedSocket>,
+    reply: oneshot::Sender<Vec<PassedSocket>>,
+}
 
 /// A volume and its clients.
 pub(super) struct Export {
@@ -60,6 +70,12 @@ pub(super) struct Export {
     /// Shutting down: no request is taken any more, connections end when theirs are done.
     draining: Option<Time>,
     close_asked: bool,
+    release: Option<Release>,
+    /// Requests of this process, by tag.
+    asked: BTreeMap<u64, AskReply>,
+    asked_count: u64,
+    /// As last told to the control side.
+    pub told_connections: usize,
     /// Connections that ended here, for the worker to forget.
     pub gone: Vec<ConnId>,
 }
@@ -91,6 +107,10 @@ impl Export {
             handshakes: VecDeque::new(),
             draining: None,
             close_asked: false,
+            release: None,
+            asked: BTreeMap::new(),
+            asked_count: 0,
+            told_connections: 0,
             gone: Vec::new(),
         }
     }
@@ -180,6 +200,66 @@ impl Export {
             .push_back((now.after(HANDSHAKE_TIMEOUT), conn));
     }
 
+    /// Takes over a client past the handshake.
+    pub fn adopt(&mut self, conn: ConnId) {
+        // As every new peer it is marked for flushing, which clears the mark.
+        self.peers.insert(conn, Peer::in_transmission());
+        self.dirty.push(conn);
+    }
+
+    /// Whether [`Self::adopt`] may be called.
+    pub fn may_adopt(&self) -> bool {
+        self.serving
+            && self.draining.is_none()
+            && self.release.is_none()
+            && self.peer_count() < PEERS_MAX
+    }
+
+    /// A request of this process itself.
+    pub fn ask(&mut self, now: Time, op: ClientOp, reply: AskReply) {
+        self.asked_count += 1;
+        let tag = ASKED | self.asked_count;
+        self.asked.insert(tag, reply);
+        let event = SessionEvent::Client(ClientRequest { tag, op });
+        self.engine.step(now, event, &mut self.commands);
+    }
+
+    /// Gives all connections back, each as soon as nothing of it is under way.
+    pub fn release(&mut self, reply: oneshot::Sender<Vec<PassedSocket>>, reactor: &mut Reactor) {
+        self.release = Some(Release {
+            passed: Vec::new(),
+            reply,
+        });
+        for (conn, peer) in &mut self.peers {
+            if !peer.is_amid_request() {
+                reactor.pause_receive(*conn);
+            }
+            if !peer.dirty {
+                peer.dirty = true;
+                self.dirty.push(*conn);
+            }
+        }
+        self.finish_release();
+    }
+
+    /// The reactor has given a connection's socket back.
+    pub fn released(&mut self, conn: ConnId, passed: PassedSocket) {
+        self.closed(conn);
+        if let Some(release) = &mut self.release {
+            release.passed.push(passed);
+        }
+        self.finish_release();
+    }
+
+    fn finish_release(&mut self) {
+        if self.peers.is_empty()
+            && let Some(release) = self.release.take()
+        {
+            // Nobody takes them: they are closed.
+            let _ = release.reply.send(release.passed);
+        }
+    }
+
     /// The volume is open: clients that wait are greeted.
     pub fn start_serving(&mut self, now: Time, size_bytes: u64, reactor: &mut Reactor) {
         self.info.size_bytes = size_bytes;
@@ -199,6 +279,14 @@ impl Export {
             if peer.leaving {
                 reactor.input(conn).clear();
                 break;
+            }
+            if self.release.is_some() && !peer.is_amid_request() {
+                reactor.pause_receive(conn);
+                if !peer.dirty {
+                    peer.dirty = true;
+                    self.dirty.push(conn);
+                }
+                return;
             }
             if !self.engine.accepting()
                 || peer.in_flight >= REQUESTS_MAX
@@ -290,7 +378,9 @@ impl Export {
                 length: *length,
                 one: *one,
             },
-            _ => Kind::Plain,
+            Command::Flush => Kind::Flush,
+            Command::Trim { .. } | Command::WriteZeroes { .. } => Kind::Discard,
+            Command::Write { .. } => Kind::Write,
         };
         let slot = match peer.writing {
             Some(slot) if matches!(command, Command::Write { first: false, .. }) => slot,
@@ -389,6 +479,11 @@ impl Export {
 
     /// The engine has answered.
     pub fn reply(&mut self, now: Time, tag: u64, result: Result<ClientReply, ClientError>) {
+        if let Some(asker) = self.asked.remove(&tag) {
+            // The asker may have given up.
+            let _ = asker.send(result);
+            return;
+        }
         let conn = self.requests.connection_of(tag);
         let mut peer = conn.and_then(|conn| self.peers.get_mut(&conn));
         let protocol = peer.as_mut().map(|p| &mut p.protocol);
@@ -413,6 +508,13 @@ impl Export {
                 reactor.send(conn, bytes);
             }
             // At shutdown the thread may end right after: then the kernel must have all replies.
+            if self.release.is_some() {
+                if peer.at_rest() && !peer.released {
+                    peer.released = true;
+                    reactor.release(conn);
+                }
+                continue;
+            }
             let ends = match self.draining {
                 Some(_) => reactor.send_queued_bytes(conn) == 0,
                 None => peer.leaving,
@@ -448,6 +550,7 @@ impl Export {
                 self.requests.abandon(slot);
             }
         }
+        self.finish_release();
     }
 
     fn drop_peer(&mut self, conn: ConnId, reactor: &mut Reactor) {
@@ -465,6 +568,9 @@ impl Export {
 
     /// Shuts down: no new requests; those under way are answered until `until`.
     pub fn drain(&mut self, until: Time, reactor: &mut Reactor) {
+        if self.draining.is_some() {
+            return;
+        }
         self.draining = Some(until);
         self.close_listener(reactor);
         while let Some(conn) = self.waiting.front().copied() {

@@ -1,14 +1,18 @@
 //! What the tokio side and the workers tell each other.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use ashlar_proto::ids::{ClusterId, DiskId, VolumeId};
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::engine_trait::VolumeEngine;
 use super::stats::VolumeStats;
-use crate::engine::{MetadataRequest, SessionEvent, StopReason};
+use crate::engine::{
+    ClientError, ClientOp, ClientReply, MetadataRequest, SessionEvent, StopReason,
+};
 
 /// Where a volume is served.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -17,7 +21,21 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// A TCP address.
     Tcp(SocketAddr),
+    /// Nowhere: connections are handed in ([`ToWorker::Adopt`]).
+    Given,
 }
+
+/// A connection in the transmission phase, on its way to or from a worker.
+#[derive(Debug)]
+pub struct PassedSocket {
+    /// Its socket.
+    pub socket: OwnedFd,
+    /// Bytes that came in and belong to requests not begun.
+    pub received: Bytes,
+}
+
+/// Where the answer to a request of this process goes.
+pub type AskReply = oneshot::Sender<Result<ClientReply, ClientError>>;
 
 /// A volume to be served by a worker.
 pub struct VolumeSetup {
@@ -62,6 +80,40 @@ pub enum ToWorker {
         /// Where to send them.
         reply: oneshot::Sender<Vec<VolumeStats>>,
     },
+    /// Serve these connections to a volume, without a handshake. The volume must be open.
+    Adopt {
+        /// The volume.
+        index: usize,
+        /// The connections.
+        sockets: Vec<PassedSocket>,
+    },
+    /// A request of this process itself to a volume.
+    Ask {
+        /// The volume.
+        index: usize,
+        /// What is asked.
+        op: ClientOp,
+        /// Where the answer goes; dropped if the volume stops.
+        reply: AskReply,
+    },
+    /// Begin no more requests, answer those under way, and give the volume's connections back. It
+    /// stays open.
+    Release {
+        /// The volume.
+        index: usize,
+        /// Where the connections go.
+        reply: oneshot::Sender<Vec<PassedSocket>>,
+    },
+    /// Drain a volume's requests, drop its connections, close it.
+    Close {
+        /// The volume.
+        index: usize,
+    },
+    /// Forget a volume: its connections are dropped, and it is not closed.
+    Abandon {
+        /// The volume.
+        index: usize,
+    },
     /// Drain requests, drop NBD connections, close the volumes; the worker ends when all have stopped.
     Shutdown,
 }
@@ -92,8 +144,22 @@ pub enum FromWorker {
         /// The actual TCP address, if it is one.
         address: Option<SocketAddr>,
     },
-    /// A volume is open and served.
+    /// A volume is open and served, or its size has changed since.
     Serving {
+        /// The volume.
+        index: usize,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// Connections of a volume came or went.
+    Connections {
+        /// The volume.
+        index: usize,
+        /// How many there are now.
+        count: usize,
+    },
+    /// A volume was forgotten, as [`ToWorker::Abandon`] asked.
+    Abandoned {
         /// The volume.
         index: usize,
     },

@@ -24,7 +24,7 @@ const KEEPALIVE: Duration = Duration::from_secs(2);
 
 /// The members of the cluster.
 #[derive(Clone)]
-pub(super) struct Members {
+pub(crate) struct Members {
     shared: Arc<Shared>,
 }
 

@@ -4,8 +4,8 @@
 //! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `peer`: one client.
 //!   `requests`: the NBD requests under way.
 //! - `links`: the worker's connections to disks, shared by its volumes.
-//! - `control`: the tokio side: starts everything, answers the workers' questions. `attachment`: one
-//!   volume's dealings with metadata. `metadata`: gRPC with failover. `stats`: the statistics socket.
+//! - `host`: the volumes of a process, opened and closed at any time. `control`: the task behind it, which
+//!   answers the workers' questions. `serve`: a fixed list of volumes. `attachment`: one volume's dealings with metadata. `metadata`: gRPC with failover. `stats`: the statistics socket.
 //!
 //! Invariants:
 //! - A volume, its NBD connections and its engine live on one worker for good; nothing of them is shared
@@ -18,15 +18,20 @@ mod attachment;
 mod control;
 mod engine_trait;
 mod export;
+mod host;
 mod links;
 mod messages;
 mod metadata;
 mod peer;
 mod requests;
+mod serve;
 pub mod stats;
 mod worker;
 
-pub use control::{Outcome, ServeConfig, ServeError, VolumeSpec, serve};
 pub use engine_trait::VolumeEngine;
-pub use messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
+pub use host::{
+    Ended, Host, HostConfig, HostError, HostThreads, HostedVolume, OpenSpec, Phase, VolumeStatus,
+};
+pub use messages::{AskReply, Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
+pub use serve::{Outcome, ServeConfig, ServeError, VolumeSpec, serve};
 pub use worker::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};

@@ -43,20 +43,42 @@ pub(super) struct Peer {
     pub stalled: bool,
     pub leaving: bool,
     pub dirty: bool,
+    /// The reactor is giving its socket back.
+    pub released: bool,
 }
 
 impl Peer {
     /// A client that has just connected.
     pub fn new() -> Self {
+        Self::with(nbd::Connection::new())
+    }
+
+    /// A client past the handshake.
+    pub fn in_transmission() -> Self {
+        Self::with(nbd::Connection::transmission())
+    }
+
+    fn with(protocol: nbd::Connection) -> Self {
         Self {
-            protocol: nbd::Connection::new(),
+            protocol,
             in_flight: 0,
             writing: None,
             splitting: None,
             stalled: false,
             leaving: false,
             dirty: true,
+            released: false,
         }
+    }
+
+    /// Whether nothing of it is under way and nothing half received.
+    pub fn at_rest(&self) -> bool {
+        self.in_flight == 0 && self.splitting.is_none() && self.protocol.at_boundary()
+    }
+
+    /// Whether a request has begun and the rest of it is still to be taken in.
+    pub fn is_amid_request(&self) -> bool {
+        self.splitting.is_some() || !self.protocol.at_boundary()
     }
 
     /// The next part of the request that is being split: slot, operation, whether it is the last.

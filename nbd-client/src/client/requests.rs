@@ -11,6 +11,7 @@ use std::time::Duration;
 use ashlar_platform::clock::Time;
 use ashlar_platform::reactor::ConnId;
 
+use super::stats::{Histogram, Latencies};
 use crate::engine::{ClientError, ClientReply, ReadSegments};
 use crate::nbd::{
     Connection, EINVAL, EIO, ENOSPC, Extent, MAX_PART_LENGTH, ReplyStyle, STATE_HOLE, STATE_ZERO,
@@ -25,7 +26,11 @@ pub(super) enum Kind {
     /// Data from this offset, of this length.
     Read { offset: u64, length: u32 },
     /// Nothing but success.
-    Plain,
+    Write,
+    /// The same.
+    Flush,
+    /// The same: trims and zeroes.
+    Discard,
     /// Extents of so many bytes.
     Status { length: u32, one: bool },
 }
@@ -41,6 +46,7 @@ pub(super) struct Pending {
     parts_open: u32,
     parts_begun: u32,
     complete: bool,
+    failed: bool,
     error: Option<u32>,
     gathered: Vec<(u64, ReadSegments)>,
 }
@@ -55,12 +61,30 @@ pub(super) struct Requests {
     pub longest_stall: Duration,
     /// Longest time that a request took.
     pub longest_request: Duration,
+    /// Times that requests took.
+    pub latencies: Latencies,
+    /// Trims and zeroes that succeeded.
+    pub discards: u64,
+    /// Requests that failed.
+    pub errors: u64,
 }
 
 /// End of part `part` of a range that is split at multiples of [`MAX_PART_LENGTH`].
 pub(super) fn part_end(start: u64, end: u64) -> u64 {
     let part = u64::from(MAX_PART_LENGTH);
     (start / part * part + part).min(end)
+}
+
+impl Latencies {
+    fn of(&mut self, kind: Kind) -> &mut Histogram {
+        match kind {
+            Kind::Read { .. } => &mut self.read,
+            Kind::Write => &mut self.write,
+            Kind::Flush => &mut self.flush,
+            Kind::Discard => &mut self.discard,
+            Kind::Status { .. } => &mut self.status,
+        }
+    }
 }
 
 impl Requests {
@@ -90,6 +114,7 @@ impl Requests {
             parts_open: 0,
             parts_begun: 0,
             complete: false,
+            failed: false,
             error: None,
             gathered: Vec::new(),
         };
@@ -154,11 +179,17 @@ impl Requests {
             return false;
         };
         pending.parts_open -= 1;
+        pending.failed |= result.is_err();
         let done = pending.complete && pending.parts_open == 0;
         if let Some(protocol) = protocol {
             pending.answer(tag >> 32, result, done, protocol);
         }
         if done {
+            self.errors += u64::from(pending.failed);
+            self.discards += u64::from(pending.kind == Kind::Discard && !pending.failed);
+            self.latencies
+                .of(pending.kind)
+                .record(now.since(pending.started));
             self.longest_request = self.longest_request.max(now.since(pending.started));
             self.longest_stall = self.longest_stall.max(now.since(self.last_progress));
             self.last_progress = now;
@@ -207,7 +238,7 @@ impl Pending {
                 }
                 self.error.get_or_insert(EIO);
             }
-            (Ok(ClientReply::Done), Kind::Plain) => {}
+            (Ok(ClientReply::Done), Kind::Write | Kind::Flush | Kind::Discard) => {}
             (Ok(_), _) => {
                 tracing::error!("the engine's answer does not fit the request: report this bug");
                 self.error.get_or_insert(EIO);

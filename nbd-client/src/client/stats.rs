@@ -9,12 +9,17 @@ use ashlar_proto::ids::ReplicaState;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 use super::export::Export;
 use super::links::Links;
+use super::messages::ToWorker;
+use super::worker::WorkerSender;
 
 /// Longest command line.
 const COMMAND_MAX: u64 = 256;
+/// Time for a worker to tell its statistics.
+const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One line of answer.
 #[derive(Clone, Serialize, Deserialize, Debug, Default)]
@@ -50,6 +55,12 @@ pub struct VolumeStats {
     pub writes: u64,
     /// Client flushes answered.
     pub flushes: u64,
+    /// Client trims and zeroes acknowledged (counted among the writes too).
+    #[serde(default)]
+    pub discards: u64,
+    /// Client requests answered with an error.
+    #[serde(default)]
+    pub errors: u64,
     /// Bytes read by clients.
     pub read_bytes: u64,
     /// Bytes written by clients.
@@ -82,8 +93,51 @@ pub struct VolumeStats {
     pub in_flight_bytes: u64,
     /// Bytes acknowledged and not yet flushed.
     pub retained_bytes: u64,
+    /// How long requests took.
+    #[serde(default)]
+    pub latencies: Latencies,
     /// The replicas as last known.
     pub replicas: Vec<ReplicaStats>,
+}
+
+/// Upper bounds of the buckets of [`Histogram`], in microseconds; one more is above them.
+pub const BUCKET_BOUNDS_US: [u64; 19] = [
+    50, 100, 200, 350, 500, 750, 1_000, 2_000, 3_500, 5_000, 10_000, 20_000, 50_000, 100_000,
+    250_000, 500_000, 1_000_000, 3_000_000, 10_000_000,
+];
+
+/// How long requests took.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct Histogram {
+    /// Requests per bucket, not cumulative.
+    pub buckets: [u64; BUCKET_BOUNDS_US.len() + 1],
+    /// Sum of all times in microseconds.
+    pub sum_us: u64,
+}
+
+impl Histogram {
+    /// Counts a request.
+    pub fn record(&mut self, took: Duration) {
+        let us = microseconds(took);
+        let bucket = BUCKET_BOUNDS_US.partition_point(|bound| *bound < us);
+        self.buckets[bucket] += 1;
+        self.sum_us = self.sum_us.saturating_add(us);
+    }
+}
+
+/// How long requests took, by what was asked.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct Latencies {
+    /// Reads.
+    pub read: Histogram,
+    /// Writes.
+    pub write: Histogram,
+    /// Flushes.
+    pub flush: Histogram,
+    /// Trims and zeroes.
+    pub discard: Histogram,
+    /// Block status.
+    pub status: Histogram,
 }
 
 /// A replica of a volume.
@@ -141,6 +195,24 @@ where
     }
 }
 
+/// Asks all workers.
+pub(super) async fn collect_stats(senders: Vec<WorkerSender>, reset: bool) -> Statistics {
+    let mut statistics = Statistics {
+        pid: std::process::id(),
+        volumes: Vec::new(),
+    };
+    for sender in senders {
+        let (reply, answer) = oneshot::channel();
+        if sender.send(ToWorker::Stats { reset, reply }).await
+            && let Ok(Ok(volumes)) = tokio::time::timeout(STATS_TIMEOUT, answer).await
+        {
+            statistics.volumes.extend(volumes);
+        }
+    }
+    statistics.volumes.sort_by_key(|v| v.index);
+    statistics
+}
+
 /// The figures of a volume; `reset` starts its longest times anew.
 pub(super) fn volume_stats(
     export: &mut Export,
@@ -184,6 +256,8 @@ pub(super) fn volume_stats(
         reads: s.reads,
         writes: s.writes,
         flushes: s.flushes,
+        discards: export.requests.discards,
+        errors: export.requests.errors,
         read_bytes: s.read_bytes,
         written_bytes: s.written_bytes,
         longest_stall_us: microseconds(stall),
@@ -200,6 +274,7 @@ pub(super) fn volume_stats(
         rebuild_blocks_moved: s.rebuild_blocks_moved,
         in_flight_bytes: s.in_flight_bytes,
         retained_bytes: s.retained_bytes,
+        latencies: export.requests.latencies.clone(),
         replicas: replicas.collect(),
     }
 }

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::export::Export;
 use super::links::{LinkOutput, Links};
-use super::messages::{Endpoint, FromWorker, ToWorker, VolumeSetup};
+use super::messages::{Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
 use super::stats::{VolumeStats, volume_stats};
 use crate::engine::{SessionCommand, SessionEvent};
 
@@ -123,6 +123,8 @@ struct Worker {
     outbox: VecDeque<FromWorker>,
     links: Links,
     exports: Vec<Option<Box<Export>>>,
+    /// Positions in `exports` of volumes that are gone.
+    vacant: Vec<usize>,
     by_volume: FxHashMap<VolumeId, usize>,
     by_listener: FxHashMap<ListenerId, usize>,
     /// Volume (position in `exports`) of each NBD connection.
@@ -152,6 +154,7 @@ impl Worker {
             outbox: VecDeque::new(),
             links,
             exports: Vec::new(),
+            vacant: Vec::new(),
             by_volume: FxHashMap::default(),
             by_listener: FxHashMap::default(),
             nbd: FxHashMap::default(),
@@ -221,6 +224,18 @@ impl Worker {
                     self.received(now, conn);
                     let why = error.map_or("closed by the disk's daemon".into(), |e| e.to_string());
                     self.links.fail(now, &mut self.reactor, disk, &why);
+                }
+            }
+            Event::Released {
+                conn,
+                socket,
+                received,
+            } => {
+                if let Some(at) = self.nbd.remove(&conn) {
+                    if let Some(export) = &mut self.exports[at] {
+                        export.released(conn, PassedSocket { socket, received });
+                    }
+                    self.touch(at);
                 }
             }
             Event::Woken => self.read_inbox(now),
@@ -318,6 +333,37 @@ impl Worker {
                 // The asker may have gone away meanwhile.
                 let _ = reply.send(stats);
             }
+            ToWorker::Adopt { index, sockets } => self.adopt(index, sockets),
+            ToWorker::Ask { index, op, reply } => {
+                if let Some(at) = self.find(index)
+                    && let Some(export) = &mut self.exports[at]
+                {
+                    export.ask(now, op, reply);
+                }
+            }
+            ToWorker::Release { index, reply } => {
+                if let Some(at) = self.find(index)
+                    && let Some(export) = &mut self.exports[at]
+                {
+                    export.release(reply, &mut self.reactor);
+                }
+            }
+            ToWorker::Close { index } => {
+                let until = now.after(self.config.drain_timeout);
+                if let Some(at) = self.find(index)
+                    && let Some(export) = &mut self.exports[at]
+                {
+                    export.drain(until, &mut self.reactor);
+                }
+            }
+            ToWorker::Abandon { index } => {
+                if let Some(at) = self.find(index)
+                    && let Some(mut export) = self.exports[at].take()
+                {
+                    self.forget(now, at, &mut export);
+                    self.outbox.push_back(FromWorker::Abandoned { index });
+                }
+            }
             ToWorker::Shutdown => {
                 self.shutting_down = true;
                 let until = now.after(self.config.drain_timeout);
@@ -331,9 +377,37 @@ impl Worker {
         }
     }
 
+    /// Position of a volume, which is going to be looked at.
+    fn find(&mut self, index: usize) -> Option<usize> {
+        let at = self.positions.get(&index).copied()?;
+        self.touch(at);
+        Some(at)
+    }
+
+    fn adopt(&mut self, index: usize, sockets: Vec<PassedSocket>) {
+        let Some(at) = self.find(index) else { return };
+        let Some(export) = &mut self.exports[at] else {
+            return;
+        };
+        for passed in sockets {
+            if !export.may_adopt() {
+                return;
+            }
+            match self.reactor.adopt_with(passed.socket, &passed.received) {
+                Ok(conn) => {
+                    export.adopt(conn);
+                    self.nbd.insert(conn, at);
+                }
+                Err(error) => {
+                    tracing::warn!(volume = export.info.name, %error, "cannot take a connection over");
+                }
+            }
+        }
+    }
+
     fn add(&mut self, setup: VolumeSetup) {
         let index = setup.index;
-        let at = self.exports.len();
+        let at = self.vacant.last().copied().unwrap_or(self.exports.len());
         let mut export = Export::new(setup);
         if self.shutting_down || self.by_volume.contains_key(&export.volume) {
             let error = "the volume is served already, or the process is ending".to_owned();
@@ -342,8 +416,8 @@ impl Worker {
         }
         match self.listen(&export.endpoint) {
             Ok((listener, address)) => {
-                export.listener = Some(listener);
-                self.by_listener.insert(listener, at);
+                export.listener = listener;
+                self.by_listener.extend(listener.map(|l| (l, at)));
                 self.outbox
                     .push_back(FromWorker::Listening { index, address });
             }
@@ -355,12 +429,21 @@ impl Worker {
         }
         self.by_volume.insert(export.volume, at);
         self.positions.insert(index, at);
-        self.exports.push(Some(Box::new(export)));
+        let export = Some(Box::new(export));
+        if self.vacant.pop().is_some() {
+            self.exports[at] = export;
+        } else {
+            self.exports.push(export);
+        }
         self.pending.push_back((at, SessionEvent::Start));
     }
 
-    fn listen(&mut self, endpoint: &Endpoint) -> io::Result<(ListenerId, Option<SocketAddr>)> {
+    fn listen(
+        &mut self,
+        endpoint: &Endpoint,
+    ) -> io::Result<(Option<ListenerId>, Option<SocketAddr>)> {
         match endpoint {
+            Endpoint::Given => Ok((None, None)),
             Endpoint::Unix(path) => {
                 let listener = self.reactor.listen_unix(path)?;
                 // Whoever may open the socket owns the volume's data.
@@ -370,11 +453,11 @@ impl Worker {
                     self.reactor.close_listener(listener);
                     return Err(error);
                 }
-                Ok((listener, None))
+                Ok((Some(listener), None))
             }
             Endpoint::Tcp(address) => {
                 let (listener, actual) = self.reactor.listen_tcp(*address)?;
-                Ok((listener, Some(actual)))
+                Ok((Some(listener), Some(actual)))
             }
         }
     }
@@ -477,19 +560,14 @@ impl Worker {
             }
             SessionCommand::Serving { size_bytes } => {
                 export.start_serving(now, size_bytes, &mut self.reactor);
-                self.outbox.push_back(FromWorker::Serving {
-                    index: export.index,
-                });
+                self.tell_serving(export);
             }
-            SessionCommand::Resized { size_bytes } => export.info.size_bytes = size_bytes,
+            SessionCommand::Resized { size_bytes } => {
+                export.info.size_bytes = size_bytes;
+                self.tell_serving(export);
+            }
             SessionCommand::Stopped { reason } => {
-                export.stop(&mut self.reactor);
-                self.links.forget(now, &mut self.reactor, at);
-                self.nbd.retain(|_, user| *user != at);
-                self.by_listener.retain(|_, user| *user != at);
-                self.by_volume.remove(&export.volume);
-                self.positions.remove(&export.index);
-                self.timers.retain(|(_, user)| *user != at);
+                self.forget(now, at, export);
                 self.outbox.push_back(FromWorker::Stopped {
                     index: export.index,
                     reason,
@@ -498,6 +576,27 @@ impl Worker {
             }
         }
         false
+    }
+
+    fn tell_serving(&mut self, export: &Export) {
+        self.outbox.push_back(FromWorker::Serving {
+            index: export.index,
+            size_bytes: export.info.size_bytes,
+        });
+    }
+
+    /// Removes every trace of a volume that has stopped; its position may be used again.
+    fn forget(&mut self, now: Time, at: usize, export: &mut Export) {
+        export.stop(&mut self.reactor);
+        self.links.forget(now, &mut self.reactor, at);
+        self.take_link_output();
+        self.nbd.retain(|_, user| *user != at);
+        self.by_listener.retain(|_, user| *user != at);
+        self.by_volume.remove(&export.volume);
+        self.positions.remove(&export.index);
+        self.timers.retain(|(_, user)| *user != at);
+        self.pending.retain(|(user, _)| *user != at);
+        self.vacant.push(at);
     }
 
     fn flush_one(&mut self, now: Time, at: usize) {
@@ -514,6 +613,14 @@ impl Worker {
         };
         for conn in export.gone.drain(..) {
             self.nbd.remove(&conn);
+        }
+        let count = export.peer_count();
+        if export.told_connections != count {
+            export.told_connections = count;
+            self.outbox.push_back(FromWorker::Connections {
+                index: export.index,
+                count,
+            });
         }
         let due = export.next_deadline();
         if export.deadline != due {

@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 
-use super::handshake::{Handshake, Progress};
+use super::handshake::{Handshake, Negotiated, Progress};
 use super::replies::{self, Extent, ReplyStyle};
 use super::transmission::{Request, Step, Transmission};
 use super::{Export, Output, ProtocolError};
@@ -41,6 +41,30 @@ impl Connection {
             phase,
             output,
             wanted: 0,
+        }
+    }
+
+    /// A connection without handshake: both sides know the export, and the replies are simple ones. So
+    /// does the kernel's client speak.
+    pub fn transmission() -> Self {
+        let negotiated = Negotiated {
+            structured: false,
+            base_allocation: false,
+        };
+        Self {
+            phase: Phase::Transmission(Transmission::new(negotiated)),
+            output: Output::default(),
+            wanted: 0,
+        }
+    }
+
+    /// Whether what was received so far ends with a whole request: then another connection object may
+    /// go on in its place.
+    pub fn at_boundary(&self) -> bool {
+        match &self.phase {
+            Phase::Handshake(_) => false,
+            Phase::Transmission(transmission) => transmission.at_boundary(),
+            Phase::Ended => true,
         }
     }
 

@@ -40,6 +40,18 @@ pub struct Export {
     pub read_only: bool,
 }
 
+/// The transmission flags of a volume for a client that speaks without handshake
+/// ([`Connection::transmission`]).
+pub fn kernel_flags(read_only: bool) -> u16 {
+    use constants::transmission_flag as f;
+    let flags = f::HAS_FLAGS | f::SEND_FLUSH | f::SEND_FUA | f::CAN_MULTI_CONN;
+    if read_only {
+        flags | f::READ_ONLY
+    } else {
+        flags | f::SEND_TRIM | f::SEND_WRITE_ZEROES
+    }
+}
+
 /// Why a connection must be closed. There is never an answer: the client broke the protocol.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ProtocolError {

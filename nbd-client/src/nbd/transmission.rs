@@ -136,6 +136,11 @@ impl Transmission {
         }
     }
 
+    /// Whether no request is half received.
+    pub fn at_boundary(&self) -> bool {
+        self.write.is_none() && self.skip == 0
+    }
+
     /// Takes the next request, or part of a write, off the input.
     pub fn advance(
         &mut self,

@@ -74,12 +74,18 @@ impl Reactor {
         unsafe { connection.input.complete(count) };
         match (connection.state, outcome) {
             (State::Dead { .. }, _) => self.dead.push(slot),
-            (_, Err(error)) if is_transient(&error) => self.mark(slot),
+            (State::Open | State::Lingering, Err(error)) if is_transient(&error) => {
+                self.mark(slot);
+            }
             (State::Lingering, Ok(1..)) => {
                 connection.input.received.clear();
                 self.mark(slot);
             }
             (State::Lingering, _) => self.close(conn),
+            (State::Releasing, Ok(1..)) => events.extend(self.released(slot)),
+            (State::Releasing, Err(error)) if is_cancelled(&error) => {
+                events.extend(self.released(slot));
+            }
             (_, Ok(0)) if connection.paused => connection.ended = true,
             (_, Ok(0)) => self.fail(slot, None),
             (_, Err(error)) => self.fail(slot, Some(error)),
@@ -114,6 +120,8 @@ impl Reactor {
                     self.mark(slot);
                 } else if state == State::Lingering {
                     self.finish_lingering(conn);
+                } else if state == State::Releasing {
+                    events.extend(self.released(slot));
                 } else {
                     events.push(Event::Sent { conn });
                 }
@@ -176,6 +184,10 @@ impl Reactor {
             }
         }
     }
+}
+
+fn is_cancelled(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ECANCELED) || is_transient(error)
 }
 
 fn is_transient(error: &io::Error) -> bool {

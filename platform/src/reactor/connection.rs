@@ -9,6 +9,9 @@
 //! | Connecting, Open | `close` | Dead (nothing is reported) |
 //! | Open | `close_after_send` | Lingering |
 //! | Lingering | end of stream, failure, deadline, `close` | Dead (nothing is reported) |
+//! | Open | `release` | Releasing |
+//! | Releasing | everything sent, no operation in flight | Dead (Released is reported) |
+//! | Releasing | failure, end of stream | Dead (Closed is reported) |
 //!
 //! Invariant: a connection leaves the reactor's table only when Dead, its Closed delivered or not wanted,
 //! and no operation in flight, so the buffers and the socket outlive every operation on them.
@@ -29,6 +32,8 @@ pub(super) enum State {
     Open,
     /// Sends what is queued, then waits for the peer's end of stream.
     Lingering,
+    /// Sends what is queued, then gives its socket back.
+    Releasing,
     /// Waits for its operations to end.
     Dead {
         /// Closed by the consumer: nothing is reported any more.
@@ -99,7 +104,7 @@ impl Connection {
     pub fn is_over(&self) -> bool {
         match self.state {
             State::Dead { silent } => (silent || self.reported) && !self.in_flight(),
-            State::Connecting | State::Open | State::Lingering => false,
+            State::Connecting | State::Open | State::Lingering | State::Releasing => false,
         }
     }
 
@@ -117,12 +122,15 @@ impl Connection {
                     && self.input.received.len() < super::input::INPUT_MAX
             }
             State::Lingering => !self.input.in_flight(),
-            State::Connecting | State::Dead { .. } => false,
+            State::Connecting | State::Releasing | State::Dead { .. } => false,
         }
     }
 
     /// Whether a send should be started.
     pub fn wants_output(&self) -> bool {
-        matches!(self.state, State::Open | State::Lingering) && self.output.is_ready()
+        matches!(
+            self.state,
+            State::Open | State::Lingering | State::Releasing
+        ) && self.output.is_ready()
     }
 }

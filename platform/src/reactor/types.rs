@@ -1,7 +1,10 @@
 //! Names, events and settings of the reactor.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use crate::disk::DiskCompletion;
 
@@ -64,6 +67,15 @@ pub enum Event {
         conn: ConnId,
         /// Why; `None` is the peer's orderly end.
         error: Option<io::Error>,
+    },
+    /// What `release` asked for; the last event of a connection.
+    Released {
+        /// The connection.
+        conn: ConnId,
+        /// Its socket, blocking, with nothing in flight.
+        socket: OwnedFd,
+        /// What was received and not consumed.
+        received: Bytes,
     },
     /// A disk command is done.
     Disk {

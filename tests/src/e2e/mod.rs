@@ -4,12 +4,14 @@
 //! nothing listens beyond loopback or the test's own network namespace; a tool that is missing skips
 //! its test with a loud line, and fails it under CI=true.
 
+mod attach;
 mod cluster;
 mod export;
 mod nbd;
 mod tools;
 pub mod uml;
 
+pub use attach::AttachNode;
 pub use cluster::{Cluster, ClusterSpec};
 pub use export::Export;
 pub use nbd::{BlockNumber, NbdClient};

@@ -66,6 +66,17 @@ impl Drop for Network {
     }
 }
 
+impl Network {
+    /// What a cluster is made of that the nodes reach.
+    pub fn cluster(&self) -> super::ClusterSpec {
+        super::ClusterSpec {
+            namespace: Some(self.name.clone()),
+            address: HOST_ADDRESS,
+            ..super::ClusterSpec::default()
+        }
+    }
+}
+
 /// A booted node. Dropping it cuts its power.
 pub struct Node {
     child: Child,
@@ -193,6 +204,32 @@ impl Node {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Freezes the whole machine, as a hypervisor may.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn thaw(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    /// The kernel is the child of `unshare`, which is the child that this process started.
+    fn signal(&self, signal: rustix::process::Signal) {
+        let id = self.child.id();
+        let path = format!("/proc/{id}/task/{id}/children");
+        let children = std::fs::read_to_string(path).expect("the node runs");
+        let kernel = children.split_whitespace().next().expect("a kernel");
+        let kernel = rustix::process::Pid::from_raw(kernel.parse().expect("a number"));
+        rustix::process::kill_process(kernel.expect("a process"), signal).expect("signalled");
     }
 
     /// Cuts the node's power.
