@@ -3,11 +3,13 @@
 //! - [`engine`]: the volume session, rules R0-R9, sans-IO.
 //! - [`nbd`]: the NBD protocol's server side, sans-IO.
 //! - [`client`]: reactor threads, connections and metadata access around the two.
+//! - [`metrics`]: the names of all metrics.
 //! - [`node`]: volumes as devices of this machine's kernel.
 //!
 //! Architecture invariant: `engine` and `nbd` do no I/O and know neither tokio nor sockets.
 
 pub mod client;
 pub mod engine;
+pub mod metrics;
 pub mod nbd;
 pub mod node;

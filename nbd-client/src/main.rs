@@ -3,9 +3,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use ashlar_platform::observe::{Observer, Served};
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use nbd_client::client::{Endpoint, Outcome, ServeConfig, VolumeSpec, serve, stats};
 use nbd_client::node;
@@ -60,6 +62,9 @@ struct Node {
     /// same name): used instead of TCP for the disks found there.
     #[arg(long, value_name = "DIR", env = "ASHLAR_LOCAL_SOCKETS")]
     local_sockets: Option<PathBuf>,
+    /// Serve metrics, health and readiness over HTTP on this address: /metrics, /healthz, /readyz.
+    #[arg(long, value_name = "IP:PORT")]
+    metrics: Option<SocketAddr>,
     /// Seconds for an orderly end of a volume.
     #[arg(long, default_value_t = 10)]
     close_timeout: u64,
@@ -98,6 +103,9 @@ struct Serve {
     /// Serve statistics on this unix socket: one JSON line per line received.
     #[arg(long, value_name = "PATH")]
     stats_socket: Option<PathBuf>,
+    /// Serve metrics, health and readiness over HTTP on this address: /metrics, /healthz, /readyz.
+    #[arg(long, value_name = "IP:PORT")]
+    metrics: Option<SocketAddr>,
     /// Seconds for an orderly end after SIGTERM.
     #[arg(long, default_value_t = 10)]
     close_timeout: u64,
@@ -196,10 +204,14 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
         node: options.node,
         local_sockets: options.local_sockets,
         stats_socket: options.stats_socket,
+        observer: observer(options.metrics)?,
         close_timeout: Duration::from_secs(options.close_timeout),
     };
-    let outcome =
-        runtime()?.block_on(async { anyhow::Ok(serve(config, shutdown_signal()?).await?) })?;
+    let metrics = options.metrics;
+    let outcome = runtime()?.block_on(async {
+        let _served = show(config.observer.as_ref(), metrics).await?;
+        anyhow::Ok(serve(config, shutdown_signal()?).await?)
+    })?;
     Ok(match outcome {
         Outcome::Closed => ExitCode::SUCCESS,
         Outcome::TimedOut(names) => {
@@ -211,6 +223,29 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
             eprintln!("nbd-client: {why}");
             ExitCode::FAILURE
         }
+    })
+}
+
+/// Metrics of this process, if they are to be shown.
+fn observer(listen: Option<SocketAddr>) -> anyhow::Result<Option<Arc<Observer>>> {
+    let install = |_| {
+        Observer::install(
+            "nbd-client",
+            env!("CARGO_PKG_VERSION"),
+            nbd_client::metrics::ALL,
+        )
+    };
+    Ok(listen.map(install).transpose()?)
+}
+
+/// Shows them until the result is dropped.
+async fn show(
+    observer: Option<&Arc<Observer>>,
+    listen: Option<SocketAddr>,
+) -> anyhow::Result<Option<Served>> {
+    Ok(match (observer, listen) {
+        (Some(observer), Some(listen)) => Some(observer.serve(listen).await?),
+        _ => None,
     })
 }
 
@@ -240,9 +275,13 @@ fn run_node(options: Node) -> anyhow::Result<ExitCode> {
         local_sockets: options.local_sockets,
         threads: usize::from(options.threads),
         close_timeout: Duration::from_secs(options.close_timeout),
+        observer: observer(options.metrics)?,
     };
-    let runtime = runtime()?;
-    runtime.block_on(async { anyhow::Ok(node::run(config, shutdown_signal()?).await?) })?;
+    let (runtime, metrics) = (runtime()?, options.metrics);
+    runtime.block_on(async {
+        let _served = show(config.observer.as_ref(), metrics).await?;
+        anyhow::Ok(node::run(config, shutdown_signal()?).await?)
+    })?;
     // A thread that waits for news of the kernel does not end by itself.
     runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)

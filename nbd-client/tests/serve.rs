@@ -57,6 +57,7 @@ impl Cluster {
             node: None,
             local_sockets: None,
             stats_socket: Some(self.directory.path().join("stats.sock")),
+            observer: None,
             close_timeout: Duration::from_secs(10),
         }
     }

@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use super::engine_trait::VolumeEngine;
 use super::messages::{AskReply, Endpoint, PassedSocket, VolumeSetup};
 use super::peer::{Peer, Splitting};
-use super::requests::{Kind, Requests};
+use super::requests::{Kind, Observed, Requests};
 use crate::engine::{
     ClientError, ClientOp, ClientReply, ClientRequest, SessionCommand, SessionEvent,
 };
@@ -82,6 +82,10 @@ pub(super) struct Export {
 
 impl Export {
     pub fn new(setup: VolumeSetup) -> Self {
+        let requests = Requests {
+            observed: Some(Box::new(Observed::new(&setup.name))),
+            ..Requests::default()
+        };
         Self {
             index: setup.index,
             volume: setup.volume,
@@ -96,7 +100,7 @@ impl Export {
             serving: false,
             commands: Vec::new(),
             view: None,
-            requests: Requests::default(),
+            requests,
             touched: false,
             deadline: None,
             engine: setup.engine,

@@ -13,6 +13,7 @@ use ashlar_platform::reactor::ConnId;
 
 use super::stats::{Histogram, Latencies};
 use crate::engine::{ClientError, ClientReply, ReadSegments};
+use crate::metrics::REQUEST_SECONDS;
 use crate::nbd::{
     Connection, EINVAL, EIO, ENOSPC, Extent, MAX_PART_LENGTH, ReplyStyle, STATE_HOLE, STATE_ZERO,
 };
@@ -63,6 +64,8 @@ pub(super) struct Requests {
     pub longest_request: Duration,
     /// Times that requests took.
     pub latencies: Latencies,
+    /// The same, for Prometheus.
+    pub observed: Option<Box<Observed>>,
     /// Trims and zeroes that succeeded.
     pub discards: u64,
     /// Requests that failed.
@@ -73,6 +76,45 @@ pub(super) struct Requests {
 pub(super) fn part_end(start: u64, end: u64) -> u64 {
     let part = u64::from(MAX_PART_LENGTH);
     (start / part * part + part).min(end)
+}
+
+/// Histograms of one volume that Prometheus sees.
+pub(super) struct Observed {
+    read: metrics::Histogram,
+    write: metrics::Histogram,
+    flush: metrics::Histogram,
+    discard: metrics::Histogram,
+    status: metrics::Histogram,
+}
+
+impl std::fmt::Debug for Observed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Observed")
+    }
+}
+
+impl Observed {
+    /// Those of a volume.
+    pub fn new(volume: &str) -> Self {
+        let of = |operation| REQUEST_SECONDS.histogram_of(&[volume, operation]);
+        Self {
+            read: of("read"),
+            write: of("write"),
+            flush: of("flush"),
+            discard: of("discard"),
+            status: of("status"),
+        }
+    }
+
+    fn of(&self, kind: Kind) -> &metrics::Histogram {
+        match kind {
+            Kind::Read { .. } => &self.read,
+            Kind::Write => &self.write,
+            Kind::Flush => &self.flush,
+            Kind::Discard => &self.discard,
+            Kind::Status { .. } => &self.status,
+        }
+    }
 }
 
 impl Latencies {
@@ -187,9 +229,11 @@ impl Requests {
         if done {
             self.errors += u64::from(pending.failed);
             self.discards += u64::from(pending.kind == Kind::Discard && !pending.failed);
-            self.latencies
-                .of(pending.kind)
-                .record(now.since(pending.started));
+            let took = now.since(pending.started);
+            self.latencies.of(pending.kind).record(took);
+            if let Some(observed) = &self.observed {
+                observed.of(pending.kind).record(took);
+            }
             self.longest_request = self.longest_request.max(now.since(pending.started));
             self.longest_stall = self.longest_stall.max(now.since(self.last_progress));
             self.last_progress = now;

@@ -1,8 +1,10 @@
 //! `nbd-client serve`: a fixed list of volumes, each on a socket, until asked to end or none is left.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use ashlar_platform::observe::Observer;
 use ashlar_proto::ids::{ClientId, NodeId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 use tokio::net::UnixListener;
@@ -24,7 +26,7 @@ pub struct VolumeSpec {
 }
 
 /// What to serve, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ServeConfig {
     /// `host:port` of metadata members, at least one.
     pub metadata: Vec<String>,
@@ -42,6 +44,8 @@ pub struct ServeConfig {
     pub stats_socket: Option<PathBuf>,
     /// Where storage daemons on this machine have a unix socket per disk.
     pub local_sockets: Option<PathBuf>,
+    /// Where figures are shown, if anywhere.
+    pub observer: Option<Arc<Observer>>,
     /// Time for an orderly end.
     pub close_timeout: Duration,
 }
@@ -101,6 +105,9 @@ pub async fn serve(
         local_sockets: config.local_sockets.clone(),
         close_timeout: config.close_timeout,
     })?;
+    if let Some(observer) = &config.observer {
+        crate::metrics::observe(observer, &host);
+    }
     let _stats = match &config.stats_socket {
         Some(path) => Some(StatsSocket::open(path, host.clone()).map_err(|source| {
             ServeError::StatsSocket {
@@ -117,6 +124,16 @@ pub async fn serve(
     let mut volumes = Vec::with_capacity(specs.len());
     for spec in specs {
         volumes.push((spec.name.clone(), host.open(spec).await));
+    }
+    if let Some(observer) = &config.observer {
+        let all: Vec<HostedVolume> = volumes.iter().map(|(_, v)| v.clone()).collect();
+        observer.ready_when(move || {
+            let open = |v: &HostedVolume| v.status().phase == Phase::Serving;
+            match all.iter().all(open) {
+                true => Ok(()),
+                false => Err("not every volume is served".to_owned()),
+            }
+        });
     }
     let outcome = run(&host, &volumes, &mut shutdown, config.close_timeout).await;
     threads.join();

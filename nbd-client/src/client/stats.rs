@@ -67,6 +67,9 @@ pub struct VolumeStats {
     pub written_bytes: u64,
     /// Longest time in which requests were under way and none was answered.
     pub longest_stall_us: u64,
+    /// Time since anything was answered, while requests are under way.
+    #[serde(default)]
+    pub current_stall_us: u64,
     /// Longest time that an answered request took.
     pub longest_request_us: u64,
     /// Flushes started to bound retained writes.
@@ -261,6 +264,7 @@ pub(super) fn volume_stats(
         read_bytes: s.read_bytes,
         written_bytes: s.written_bytes,
         longest_stall_us: microseconds(stall),
+        current_stall_us: microseconds(export.requests.current_stall(now)),
         longest_request_us: microseconds(request),
         background_flushes: s.background_flushes,
         flushes_spared: s.flushes_spared,

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ashlar_proto::ids::VolumeId;
 use ashlar_proto::rpc::metadata as pb;
 
-use super::attachments::{Attachment, Attachments, Claim, State, VolumeName};
+use super::attachments::{Attachment, Attachments, Claim, State, VolumeName, observe};
 use super::device::{self, Spec};
 use super::error::NodeError;
 use super::loopdev::{self, Place};
@@ -157,6 +157,7 @@ impl Attachments {
         }
         let started = std::time::Instant::now();
         let outcome = self.attach_new(&claim, &request, &volume).await;
+        observe("attach", started, &outcome);
         match &outcome {
             Ok((made, _)) => tracing::info!(
                 volume = volume.name,

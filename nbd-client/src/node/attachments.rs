@@ -27,6 +27,7 @@ use super::device;
 use super::error::NodeError;
 use super::record::{Kind, Record, Records};
 use crate::client::{Host, HostedVolume};
+use crate::metrics::OPERATION_SECONDS;
 
 /// Time for a question to the metadata cluster, while somebody waits for the operation.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,6 +45,28 @@ pub enum State {
     Fenced,
     /// Being taken down.
     Detaching,
+}
+
+impl State {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Attaching,
+        Self::Attached,
+        Self::Recovering,
+        Self::Fenced,
+        Self::Detaching,
+    ];
+
+    /// As metrics call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attaching => "attaching",
+            Self::Attached => "attached",
+            Self::Recovering => "recovering",
+            Self::Fenced => "fenced",
+            Self::Detaching => "detaching",
+        }
+    }
 }
 
 /// An attachment.
@@ -327,6 +350,18 @@ impl Attachments {
 fn node_id(node: &pb::Node) -> Result<NodeId, NodeError> {
     NodeId::from_slice(&node.node_id)
         .ok_or_else(|| NodeError::Bug("metadata sent a node without an id".into()))
+}
+
+/// Counts an operation.
+pub(super) fn observe<T>(
+    operation: &str,
+    started: std::time::Instant,
+    outcome: &Result<T, NodeError>,
+) {
+    let outcome = if outcome.is_ok() { "ok" } else { "error" };
+    OPERATION_SECONDS
+        .histogram_of(&[operation, outcome])
+        .record(started.elapsed());
 }
 
 /// An answer of the metadata cluster, within the time for it.

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use super::attach::blocking;
-use super::attachments::{Attachment, Attachments, Claim, State, VolumeName};
+use super::attachments::{Attachment, Attachments, Claim, State, VolumeName, observe};
 use super::device;
 use super::error::NodeError;
 use super::loopdev;
@@ -40,9 +40,21 @@ impl Attachments {
         let Some(present) = claim.get() else {
             return Ok(());
         };
+        let started = std::time::Instant::now();
+        let outcome = self.detach_present(&claim, &present, force).await;
+        observe("detach", started, &outcome);
+        outcome
+    }
+
+    async fn detach_present(
+        &self,
+        claim: &Claim,
+        present: &Attachment,
+        force: bool,
+    ) -> Result<(), NodeError> {
         let lost = present.state == State::Fenced;
         if !force && !lost {
-            require_unused(&present).await?;
+            require_unused(present).await?;
             if present.state == State::Recovering {
                 return Err(NodeError::Unavailable(format!(
                     "the device of volume {} is being taken back: {}; try again, or detach it by force",
@@ -60,9 +72,12 @@ impl Attachments {
             a.state = State::Detaching;
             a.detail = "being detached".into();
         });
-        self.take_down(&present).await?;
-        close(&claim, &present, force || lost).await?;
-        self.shared.records.remove(id).map_err(NodeError::Record)?;
+        self.take_down(present).await?;
+        close(claim, present, force || lost).await?;
+        self.shared
+            .records
+            .remove(claim.volume)
+            .map_err(NodeError::Record)?;
         claim.clear();
         tracing::info!(volume = present.record.volume, "detached");
         Ok(())

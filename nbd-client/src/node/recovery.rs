@@ -13,7 +13,7 @@ use ashlar_proto::ids::{ClientId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 
 use super::attach::{blocking, is_healthy, wait_served};
-use super::attachments::{Attachment, Attachments, State, VolumeName};
+use super::attachments::{Attachment, Attachments, State, VolumeName, observe};
 use super::device;
 use super::error::NodeError;
 use super::loopdev;
@@ -175,6 +175,7 @@ impl Attachments {
             a.state = State::Attached;
             a.detail.clear();
         });
+        observe("take-back", started, &Ok(()));
         tracing::info!(
             volume = present.record.volume,
             device = ?present.device(),

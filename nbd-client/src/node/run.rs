@@ -10,15 +10,17 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use ashlar_platform::observe::Observer;
 use ashlar_proto::ids::ClientId;
 use ashlar_proto::rpc::node::node_attach_server::NodeAttachServer;
 use rustix::fs::FlockOperation;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 
-use super::attachments::Attachments;
+use super::attachments::{Attachments, State};
 use super::device;
 use super::error::NodeError;
 use super::handover;
@@ -26,6 +28,7 @@ use super::netlink::Nbd;
 use super::record::{self, Records};
 use super::service::Service;
 use crate::client::{Host, HostConfig, HostError};
+use crate::metrics::{ATTACHMENTS, DEAD_CONNECTIONS};
 
 /// Time for requests under way when this process is asked to end.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,7 +39,7 @@ const LOCK_POLL: Duration = Duration::from_millis(10);
 const REQUESTS_MAX: usize = 256;
 
 /// Settings of the daemon.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct NodeConfig {
     /// `host:port` of metadata members, at least one.
     pub metadata: Vec<String>,
@@ -52,6 +55,8 @@ pub struct NodeConfig {
     pub local_sockets: Option<PathBuf>,
     /// Time for an orderly end of a volume.
     pub close_timeout: Duration,
+    /// Where figures are shown, if anywhere.
+    pub observer: Option<Arc<Observer>>,
 }
 
 /// Why the daemon cannot run.
@@ -151,6 +156,9 @@ pub async fn run(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Resu
         .add_service(service)
         .add_service(health_service)
         .serve_with_incoming(UnixListenerStream::new(listener));
+    if let Some(observer) = &config.observer {
+        observe(observer, &attachments);
+    }
     tracing::info!(socket = %config.socket.display(), node = config.node, %client, "ready");
     let outcome = tokio::select! {
         outcome = server => outcome.map_err(RunError::Service),
@@ -269,6 +277,21 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Shows the figures of volumes and attachments; ready as long as the service runs.
+fn observe(observer: &Arc<Observer>, attachments: &Attachments) {
+    crate::metrics::observe(observer, &attachments.shared.host);
+    let attachments = attachments.clone();
+    observer.on_scrape(move |scrape| {
+        let all = attachments.list(None);
+        for state in State::ALL {
+            let count = all.iter().filter(|a| a.state == state).count();
+            scrape.set(&ATTACHMENTS, &[state.name()], count as u64);
+        }
+        std::future::ready(())
+    });
+    observer.set_ready();
+}
+
 /// Tells, for people, when the kernel gives up a connection. The workers notice by themselves.
 fn watch_links(attachments: &Attachments) {
     let attachments = attachments.clone();
@@ -283,6 +306,7 @@ fn watch_links(attachments: &Attachments) {
         loop {
             match listener.next_dead() {
                 Ok(index) => {
+                    DEAD_CONNECTIONS.counter_of(&[]).increment(1);
                     let all = attachments.list(None);
                     let volume = all.iter().find(|a| a.record.index == Some(index));
                     if let Some(volume) = volume.map(|a| &a.record.volume) {
