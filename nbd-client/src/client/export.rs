@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use super::engine_trait::VolumeEngine;
 use super::messages::{AskReply, Endpoint, PassedSocket, VolumeSetup};
 use super::peer::{Peer, Splitting};
-use super::requests::{Kind, Observed, Requests};
+use super::requests::{Kind, Requests};
 use crate::engine::{
     ClientError, ClientOp, ClientReply, ClientRequest, SessionCommand, SessionEvent,
 };
@@ -82,10 +82,7 @@ pub(super) struct Export {
 
 impl Export {
     pub fn new(setup: VolumeSetup) -> Self {
-        let requests = Requests {
-            observed: Some(Box::new(Observed::new(&setup.name))),
-            ..Requests::default()
-        };
+        let requests = Requests::of(&setup.name);
         Self {
             index: setup.index,
             volume: setup.volume,

@@ -65,7 +65,7 @@ pub(super) struct Requests {
     /// Times that requests took.
     pub latencies: Latencies,
     /// The same, for Prometheus.
-    pub observed: Option<Box<Observed>>,
+    observed: Option<Box<Observed>>,
     /// Trims and zeroes that succeeded.
     pub discards: u64,
     /// Requests that failed.
@@ -79,7 +79,7 @@ pub(super) fn part_end(start: u64, end: u64) -> u64 {
 }
 
 /// Histograms of one volume that Prometheus sees.
-pub(super) struct Observed {
+struct Observed {
     read: metrics::Histogram,
     write: metrics::Histogram,
     flush: metrics::Histogram,
@@ -94,8 +94,7 @@ impl std::fmt::Debug for Observed {
 }
 
 impl Observed {
-    /// Those of a volume.
-    pub fn new(volume: &str) -> Self {
+    fn new(volume: &str) -> Self {
         let of = |operation| REQUEST_SECONDS.histogram_of(&[volume, operation]);
         Self {
             read: of("read"),
@@ -130,6 +129,14 @@ impl Latencies {
 }
 
 impl Requests {
+    /// Those of a volume, which Prometheus sees under its name.
+    pub fn of(volume: &str) -> Self {
+        Self {
+            observed: Some(Box::new(Observed::new(volume))),
+            ..Self::default()
+        }
+    }
+
     /// Requests under way.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
