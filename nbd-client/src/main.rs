@@ -84,7 +84,7 @@ struct Serve {
     /// Serve the volume before it on this TCP address.
     #[arg(long, value_name = "IP:PORT")]
     listen: Vec<SocketAddr>,
-    /// Refuse writes.
+    /// Only read, beside any number of other clients that only read; a client that writes is refused meanwhile.
     #[arg(long)]
     read_only: bool,
     /// Take the volumes over from clients that hold them: those are fenced and stop.

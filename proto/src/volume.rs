@@ -53,6 +53,8 @@ pub struct VolumeView {
     pub epoch: Epoch,
     /// The client that holds the volume.
     pub holder: Option<ClientId>,
+    /// Clients that only read it (R10); none while there is a holder.
+    pub readers: Vec<ClientId>,
     /// A holder made the replicas and recorded their incarnations: data may exist.
     pub opened_once: bool,
     /// Number that new writes carry.
@@ -157,6 +159,11 @@ impl VolumeView {
                 .holder
                 .as_ref()
                 .and_then(|h| ClientId::from_slice(&h.client_id)),
+            readers: volume
+                .readers
+                .iter()
+                .filter_map(|r| ClientId::from_slice(&r.client_id))
+                .collect(),
             opened_once: volume.opened_once,
             snapshot: SnapshotNumber(volume.snapshot_number),
             revision: volume.revision,

@@ -30,6 +30,27 @@ fn a_thousand_clusters_keep_every_promise() {
 }
 
 #[test]
+fn readers_come_and_go_in_three_hundred_clusters() {
+    let options = Options {
+        readers: true,
+        ..Options::default()
+    };
+    let mut failures = Vec::new();
+    let summary = run::many(0..300, THREADS, &options, |report| {
+        if let Some(failure) = &report.failure {
+            failures.push(format!("seed {}: {failure}", report.seed));
+        }
+        failures.len() < 5
+    });
+    assert!(
+        failures.is_empty(),
+        "{}\nreplay with: ashlar-sim --readers --verbose --seed N",
+        failures.join("\n")
+    );
+    assert!(summary.answered * 10 > summary.requests * 7, "{summary:?}");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_history() {
     for seed in 0..12 {
         let digests: Vec<u64> = (0..2)

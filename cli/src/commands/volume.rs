@@ -101,6 +101,18 @@ struct HolderView {
     epoch: u64,
 }
 
+impl HolderView {
+    fn new(attachment: &pb::Attachment) -> Self {
+        Self {
+            client_id: output::id_text(&attachment.client_id),
+            client: attachment.client_name.clone(),
+            node_id: output::id_text(&attachment.node_id),
+            mode: mode_name(attachment.mode()),
+            epoch: attachment.epoch,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct PublicationView {
     node: String,
@@ -144,6 +156,7 @@ struct VolumeView {
     created_unix_ms: u64,
     labels: BTreeMap<String, String>,
     holder: Option<HolderView>,
+    readers: Vec<HolderView>,
     publications: Vec<PublicationView>,
     format: Option<FormatView>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -174,13 +187,8 @@ impl VolumeView {
             opened_once: volume.opened_once,
             created_unix_ms: volume.created_unix_ms,
             labels: volume.labels.clone().into_iter().collect(),
-            holder: volume.holder.as_ref().map(|h| HolderView {
-                client_id: output::id_text(&h.client_id),
-                client: h.client_name.clone(),
-                node_id: output::id_text(&h.node_id),
-                mode: mode_name(h.mode()),
-                epoch: h.epoch,
-            }),
+            holder: volume.holder.as_ref().map(HolderView::new),
+            readers: volume.readers.iter().map(HolderView::new).collect(),
             publications: volume
                 .publications
                 .iter()
@@ -219,9 +227,12 @@ impl VolumeView {
     }
 
     fn holder_text(&self) -> String {
-        self.holder
-            .as_ref()
-            .map_or_else(|| "-".to_owned(), |h| h.client.clone())
+        match (&self.holder, self.readers.as_slice()) {
+            (Some(holder), _) => holder.client.clone(),
+            (None, []) => "-".to_owned(),
+            (None, [one]) => format!("{} (reads)", one.client),
+            (None, [one, rest @ ..]) => format!("{} and {} more (read)", one.client, rest.len()),
+        }
     }
 
     fn in_sync_text(&self) -> String {

@@ -81,7 +81,10 @@ fn weight(answer: &Answer) -> usize {
         | Answer::Changed { volume: v, .. } => {
             let labels: usize = v.labels.iter().map(|(k, v)| k.len() + v.len() + 48).sum();
             let published: usize = v.publications.keys().map(|n| n.len() + 48).sum();
-            BASE + v.groups.iter().map(Vec::len).sum::<usize>() * REPLICA + labels + published
+            BASE + v.groups.iter().map(Vec::len).sum::<usize>() * REPLICA
+                + v.readers.len() * BASE
+                + labels
+                + published
         }
         Answer::Done => 64,
         Answer::Node(_) | Answer::Disk(_) | Answer::Pool(_) => 2 * BASE,

@@ -65,6 +65,7 @@ impl Operation {
             Self::PublishVolume { .. } => 17,
             Self::UnpublishVolume { .. } => 18,
             Self::SetVolumeFormat { .. } => 19,
+            Self::JoinVolume(_) => 20,
         }
     }
 
@@ -114,6 +115,7 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         }
         Operation::UnpublishVolume { volume, node } => state.unpublish_volume(*volume, node),
         Operation::SetVolumeFormat { volume, format } => state.set_volume_format(*volume, format),
+        Operation::JoinVolume(open) => state.join_volume(open),
     }
 }
 

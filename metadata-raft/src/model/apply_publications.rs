@@ -108,7 +108,7 @@ impl State {
 
     /// Whether a client that says it is on `node` is on the node of that name. An identity made from the
     /// name stays valid when a storage daemon has taken the node over with its own.
-    fn is_on(&self, node: NodeId, name: &str) -> bool {
+    pub(super) fn is_on(&self, node: NodeId, name: &str) -> bool {
         !node.is_nil()
             && (self.node_by_name(name).is_some_and(|n| n.id == node) || attacher_id(name) == node)
     }
@@ -226,6 +226,10 @@ impl State {
             next.clean = false;
             next.bump_epoch();
         }
+        let before = next.readers.len();
+        next.readers
+            .retain(|r| !name.is_empty() && !self.is_on(r.node, name));
+        next.reader_revoked |= next.readers.len() < before;
         Ok(Answer::Volume(self.install(next)?))
     }
 

@@ -89,6 +89,8 @@ impl State {
             labels: create.labels.clone(),
             publications: BTreeMap::new(),
             format: None,
+            readers: Vec::new(),
+            reader_revoked: false,
         })?;
         Ok(Answer::Volume(volume))
     }
@@ -189,10 +191,10 @@ impl State {
         let Some(volume) = self.volumes.get(&id).cloned() else {
             return Ok(Answer::Done);
         };
-        if let Some(holder) = &volume.holder {
+        if let Some(user) = volume.holder.iter().chain(&volume.readers).next() {
             return Err(Refusal::precondition(format!(
                 "volume {} is attached by {}; detach it first",
-                volume.name, holder.client_name
+                volume.name, user.client_name
             )));
         }
         if !volume.publications.is_empty() {
@@ -213,16 +215,22 @@ impl State {
         }
         let volume = self.require_volume(open.volume)?;
         self.check_published(volume, open.node)?;
-        if let Some(holder) = &volume.holder
-            && holder.client != open.client
+        self.check_may_write(volume, open.node)?;
+        let mut users = volume.holder.iter().chain(&volume.readers);
+        if let Some(other) = users.find(|a| a.client != open.client)
             && !open.force
         {
+            let how = match other.mode {
+                AttachMode::Exclusive => "attached",
+                AttachMode::ReadOnly => "attached read-only",
+            };
             return Err(Refusal::precondition(format!(
-                "volume {} is attached by {} ({}); detach it there, or take it over by force if that client is gone",
-                volume.name, holder.client_name, holder.client
+                "volume {} is {how} by {} ({}); detach it there, or take it over by force if that client is gone",
+                volume.name, other.client_name, other.client
             )));
         }
-        let previous_clean = volume.clean;
+        // A reader that did not leave may answer reads for a lease.
+        let previous_clean = volume.clean && volume.readers.is_empty() && !volume.reader_revoked;
         let mut next = Volume::clone(volume);
         for replica in next.groups.iter_mut().flatten() {
             if replica.state == ReplicaState::Rebuilding {
@@ -239,6 +247,8 @@ impl State {
             epoch: next.epoch,
         });
         next.clean = false;
+        next.readers.clear();
+        next.reader_revoked = false;
         Ok(Answer::Opened {
             volume: self.install(next)?,
             previous_clean,
@@ -253,6 +263,9 @@ impl State {
         clean: bool,
     ) -> Response {
         let volume = self.require_volume(id)?;
+        if volume.readers.iter().any(|r| r.client == client) {
+            return self.leave_volume(id, client);
+        }
         if !volume.is_current(client, epoch) {
             return Err(not_current(volume, client, epoch));
         }

@@ -129,6 +129,8 @@ pub enum Operation {
         /// What it is from now on.
         format: Format,
     },
+    /// A client joins the readers (R10).
+    JoinVolume(OpenVolume),
 }
 
 /// See [`Operation::RegisterAttacher`].

@@ -115,6 +115,8 @@ impl Volume {
             labels: self.labels,
             publications: BTreeMap::new(),
             format: None,
+            readers: Vec::new(),
+            reader_revoked: false,
         })
     }
 }

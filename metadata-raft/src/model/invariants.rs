@@ -117,6 +117,7 @@ fn check_volume(volume: &Volume) -> Check {
                     .all(|m| *m == AttachMode::ReadOnly)),
         "published to one node, or read-only to a bounded number",
     )?;
+    check_readers(volume)?;
     for group in &volume.groups {
         require(
             group.iter().any(|r| r.state == ReplicaState::InSync),
@@ -145,6 +146,32 @@ fn check_volume(volume: &Volume) -> Check {
                 )?;
             }
         }
+    }
+    Ok(())
+}
+
+/// R10.
+fn check_readers(volume: &Volume) -> Check {
+    require(
+        volume.readers.is_empty() || volume.is_readable(),
+        "what is read is clean, made, and not held",
+    )?;
+    let holds = volume.holder.as_ref().map(|h| h.mode);
+    require(
+        holds.is_none_or(|mode| mode == AttachMode::Exclusive),
+        "a holder that only reads",
+    )?;
+    for (i, reader) in volume.readers.iter().enumerate() {
+        require(
+            reader.mode == AttachMode::ReadOnly && reader.epoch <= volume.epoch,
+            "a reader joined at an epoch that was granted",
+        )?;
+        require(
+            volume.readers[..i]
+                .iter()
+                .all(|r| r.client != reader.client),
+            "a reader twice",
+        )?;
     }
     Ok(())
 }

@@ -11,6 +11,7 @@
 mod answers;
 mod apply;
 mod apply_publications;
+mod apply_readers;
 mod apply_replicas;
 mod apply_volume;
 mod cluster;

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod publications;
+mod readers;
 
 fn key(n: u128) -> RequestKey {
     RequestKey(n.to_be_bytes())
@@ -547,6 +548,7 @@ enum Step {
     Create,
     Resize(u8),
     Register(u8, u64),
+    Join(u8, u8),
     Publish(u8, bool),
     Unpublish(u8),
     Retry,
@@ -563,6 +565,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Create),
         1 => (0..4_u8).prop_map(Step::Resize),
         1 => (1..7_u8, 1..4_u64).prop_map(|(d, i)| Step::Register(d, i)),
+        3 => (1..6_u8, 0..4_u8).prop_map(|(c, n)| Step::Join(c, n)),
         1 => (1..4_u8, any::<bool>()).prop_map(|(n, r)| Step::Publish(n, r)),
         1 => (0..4_u8).prop_map(Step::Unpublish),
         2 => Just(Step::Retry),
@@ -580,6 +583,7 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
     };
     Some(match step {
         Step::Open(c, force) => publications::open_on(*c, NodeId(id16(*c)), *force),
+        Step::Join(c, n) => readers::join(*c, *n),
         Step::Publish(n, true) => publications::publish(&format!("node-{n}"), AttachMode::ReadOnly),
         Step::Publish(n, false) => {
             publications::publish(&format!("node-{n}"), AttachMode::Exclusive)

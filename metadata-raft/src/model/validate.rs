@@ -23,6 +23,8 @@ pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 pub const OVERPROVISION_PERCENT_MAX: u32 = 1_000_000;
 /// Most nodes that a volume is published to.
 pub const PUBLICATIONS_MAX: usize = 1024;
+/// Most clients that read a volume at once.
+pub const READERS_MAX: usize = 1024;
 /// Most entries of one batch in a command.
 pub const BATCH_MAX: usize = 1024;
 

@@ -41,7 +41,7 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
             })
             .collect(),
         format: volume.format.as_ref().map(format),
-        readers: Vec::new(),
+        readers: volume.readers.iter().map(attachment).collect(),
         created_unix_ms: volume.created_unix_ms,
         labels: volume.labels.clone().into_iter().collect(),
     }

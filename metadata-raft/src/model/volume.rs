@@ -6,7 +6,8 @@
 //!   configuration change sets a new e for every rebuild of the volume, also because a fence belongs to
 //!   (disk, volume) and not to a group);
 //! - a replica that is `leaving` has its successor in the same group;
-//! - who may attach: a volume is published to one node exclusively, or to any number read-only.
+//! - who may attach: a volume is published to one node exclusively, or to any number read-only;
+//! - a volume has a holder or readers (R10), and what readers read is clean and made.
 
 use std::collections::BTreeMap;
 
@@ -62,7 +63,7 @@ pub type Group = Vec<Replica>;
 pub enum AttachMode {
     /// The only client.
     Exclusive,
-    /// Of a publication: the node only reads.
+    /// Only reads, beside any number of others.
     ReadOnly,
 }
 
@@ -136,6 +137,11 @@ pub struct Volume {
     pub publications: BTreeMap<String, AttachMode>,
     /// What a node formatted it with.
     pub format: Option<Format>,
+    /// Clients that only read (R10), at the epoch that was current when they joined; none while there is a holder.
+    pub readers: Vec<Attachment>,
+    /// A reader was taken off the list and may answer reads for the rest of its lease: the next holder waits as
+    /// after an unclean close.
+    pub reader_revoked: bool,
 }
 
 impl Volume {
@@ -168,6 +174,11 @@ impl Volume {
                 replica.rebuild_epoch = self.epoch;
             }
         }
+    }
+
+    /// Whether readers may join: nobody writes, nothing is to be reconciled, the replicas are made (R10).
+    pub fn is_readable(&self) -> bool {
+        self.holder.is_none() && self.clean && self.opened_once
     }
 
     /// Whether `client` holds the volume and `epoch` is current (R0).

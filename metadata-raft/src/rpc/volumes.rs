@@ -182,15 +182,16 @@ impl Member {
         &self,
         request: pb::OpenVolumeRequest,
     ) -> Result<pb::OpenVolumeResponse> {
-        match pb::AttachMode::try_from(request.mode) {
-            Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) => {}
-            _ => {
+        let operation = match pb::AttachMode::try_from(request.mode) {
+            Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) => Operation::OpenVolume,
+            Ok(pb::AttachMode::ReadOnly) => Operation::JoinVolume,
+            Ok(pb::AttachMode::Shared) | Err(_) => {
                 return Err(Status::invalid_argument(
-                    "mode: this version attaches volumes exclusively only",
+                    "mode: this version attaches volumes exclusively or read-only",
                 )
                 .into());
             }
-        }
+        };
         let open = OpenVolume {
             volume: volume_id(&request.volume_id)?,
             client: convert::id("client_id", &request.client_id, ClientId::from_slice)?,
@@ -202,7 +203,7 @@ impl Member {
         let answer = self
             .propose(Command {
                 request,
-                operation: Operation::OpenVolume(open),
+                operation: operation(open),
             })
             .await?;
         let Answer::Opened {

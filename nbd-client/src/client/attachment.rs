@@ -21,6 +21,13 @@ use crate::engine::{MetadataRequest, SessionEvent};
 
 /// Pause before a watch is opened again.
 const WATCH_PAUSE: Duration = Duration::from_millis(100);
+/// How long a reader waits for a volume that somebody holds: another reader may be making it readable, which takes a
+/// lease and a reconcile.
+const JOIN_PATIENCE: Duration = Duration::from_secs(10);
+/// Refusals after which a volume that looks readable is not asked for again.
+const JOIN_ATTEMPTS: u32 = 3;
+/// Pause before it asks again.
+const JOIN_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the tasks of one volume share.
 pub(super) struct Volume {
@@ -85,9 +92,15 @@ impl Volume {
     /// Answers a question of the engine.
     pub async fn answer(&self, request: MetadataRequest) {
         match request {
-            MetadataRequest::Open => {
-                self.open().await;
-            }
+            MetadataRequest::Open => self.open().await,
+            MetadataRequest::Join => self.join().await,
+            MetadataRequest::Confirm => match self.refresh().await {
+                Some(SessionEvent::ConfigChanged(view)) => {
+                    self.tell(SessionEvent::Confirmed(view)).await;
+                }
+                Some(event) => self.tell(event).await,
+                None => {}
+            },
             MetadataRequest::ChangeReplicas { epoch, changes } => {
                 let changes = changes
                     .iter()
@@ -138,38 +151,81 @@ impl Volume {
         }
     }
 
-    /// Opens the volume; true if it was granted.
-    async fn open(&self) -> bool {
+    async fn ask_open(&self, mode: pb::AttachMode) -> Result<pb::OpenVolumeResponse, Status> {
         let request = pb::OpenVolumeRequest {
             request_id: random::bytes::<16>().to_vec(),
             volume_id: self.id.to_vec(),
             client_id: self.client.to_vec(),
             node_id: self.node.to_vec(),
             client_name: client_name(),
-            mode: pb::AttachMode::Exclusive as i32,
+            mode: mode as i32,
             force: self.force,
         };
-        let result = self
-            .members
+        self.members
             .ask("OpenVolume", |mut c| {
                 let request = request.clone();
                 async move { c.open_volume(request).await }
             })
-            .await;
-        let response = match result {
-            Ok(response) => response,
-            Err(status) => {
-                let reason = status.message().to_owned();
-                self.tell(SessionEvent::OpenRefused { reason }).await;
-                return false;
+            .await
+    }
+
+    async fn open(&self) {
+        match self.ask_open(pb::AttachMode::Exclusive).await {
+            Ok(response) => self.granted(response).await,
+            Err(status) => self.open_refused(&status).await,
+        }
+    }
+
+    /// R10: joins the readers. Whoever holds the volume may be a reader that makes it readable, and is given time.
+    async fn join(&self) {
+        let patience = tokio::time::Instant::now() + JOIN_PATIENCE;
+        let mut refused = 0;
+        loop {
+            let status = match self.ask_open(pb::AttachMode::ReadOnly).await {
+                Ok(response) => return self.granted(response).await,
+                Err(status) => status,
+            };
+            let volume = match status.code() {
+                Code::FailedPrecondition => self.get_volume().await.ok(),
+                _ => None,
+            };
+            let Some(volume) = volume else {
+                return self.open_refused(&status).await;
+            };
+            let wait = match &volume.holder {
+                // It became readable just now, or there is no right to read it.
+                None if volume.clean && volume.opened_once => {
+                    refused += 1;
+                    refused < JOIN_ATTEMPTS
+                }
+                None => return self.tell(SessionEvent::NotReadable).await,
+                // This client's own, from before it was started again; or to be taken over.
+                Some(holder) if self.force || holder.client_id == self.client.to_vec() => {
+                    return self.tell(SessionEvent::NotReadable).await;
+                }
+                Some(_) => !volume
+                    .publications
+                    .iter()
+                    .any(|p| p.mode() == pb::AttachMode::Exclusive),
+            };
+            if !wait || tokio::time::Instant::now() >= patience {
+                return self.open_refused(&status).await;
             }
-        };
+            tokio::time::sleep(JOIN_PAUSE).await;
+        }
+    }
+
+    async fn open_refused(&self, status: &Status) {
+        let reason = status.message().to_owned();
+        self.tell(SessionEvent::OpenRefused { reason }).await;
+    }
+
+    async fn granted(&self, response: pb::OpenVolumeResponse) {
         let cluster = ClusterId::from_slice(&response.cluster_id);
         let view = self.view(response.volume.as_ref(), &response.disks);
         let (Some(cluster), Some(view)) = (cluster, view) else {
             let reason = "metadata's answer makes no sense".to_owned();
-            self.tell(SessionEvent::OpenRefused { reason }).await;
-            return false;
+            return self.tell(SessionEvent::OpenRefused { reason }).await;
         };
         self.granted_epoch.store(view.epoch.0, Ordering::Relaxed);
         self.worker.send(ToWorker::Cluster(cluster)).await;
@@ -179,14 +235,12 @@ impl Volume {
             first_open: self.first_open,
         })
         .await;
-        true
     }
 
-    /// The first open; then follows the volume's changes for as long as it is served.
-    pub async fn open_and_watch(&self) {
-        if self.open().await {
-            self.watch().await;
-        }
+    /// The first open (or join); then follows the volume's changes for as long as it is served.
+    pub async fn open_and_watch(&self, request: MetadataRequest) {
+        self.answer(request).await;
+        self.watch().await;
     }
 
     async fn change(&self, request: pb::ChangeReplicasRequest) {
@@ -241,20 +295,22 @@ impl Volume {
         }
     }
 
-    /// The volume as the metadata cluster has it, in a linearizable read.
-    async fn refresh(&self) -> Option<SessionEvent> {
+    async fn get_volume(&self) -> Result<pb::Volume, Status> {
         let request = pb::GetVolumeRequest {
             name: String::new(),
             volume_id: self.id.to_vec(),
         };
-        let result = self
-            .members
+        self.members
             .ask("GetVolume", |mut c| {
                 let request = request.clone();
                 async move { c.get_volume(request).await }
             })
-            .await;
-        let volume = match result {
+            .await
+    }
+
+    /// The volume as the metadata cluster has it, in a linearizable read.
+    async fn refresh(&self) -> Option<SessionEvent> {
+        let volume = match self.get_volume().await {
             Ok(volume) => volume,
             Err(status) if status.code() == Code::NotFound => return Some(SessionEvent::Deleted),
             Err(status) => {

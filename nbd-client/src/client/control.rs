@@ -122,12 +122,7 @@ impl Control {
             name: spec.name,
             endpoint: spec.endpoint,
             read_only: spec.read_only,
-            engine: Box::new(engine(
-                volume.id,
-                volume.client,
-                volume.node,
-                session_number,
-            )),
+            engine: Box::new(engine(&volume, session_number, spec.read_only)),
         };
         let served = Served {
             volume: Arc::new(volume),
@@ -216,11 +211,12 @@ impl Control {
         // Finished tasks are cleared away, so that the set stays small.
         while served.tasks.try_join_next().is_some() {}
         let volume = served.volume.clone();
-        if request == MetadataRequest::Open && !served.watching {
+        let opens = matches!(request, MetadataRequest::Open | MetadataRequest::Join);
+        if opens && !served.watching {
             served.watching = true;
             served
                 .tasks
-                .spawn(async move { volume.open_and_watch().await });
+                .spawn(async move { volume.open_and_watch(request).await });
         } else {
             served
                 .tasks
@@ -229,10 +225,11 @@ impl Control {
     }
 }
 
-fn engine(volume: VolumeId, client: ClientId, node: NodeId, session_number: u16) -> Session {
-    let mut config = SessionConfig::new(volume, client);
-    config.node = node;
+fn engine(volume: &Volume, session_number: u16, read_only: bool) -> Session {
+    let mut config = SessionConfig::new(volume.id, volume.client);
+    config.node = volume.node;
     config.session_number = session_number;
+    config.read_only = read_only;
     Session::new(config, clock::now())
 }
 

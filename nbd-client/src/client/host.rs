@@ -62,7 +62,7 @@ pub struct OpenSpec {
     pub name: String,
     /// Where to serve it.
     pub endpoint: Endpoint,
-    /// Refuse writes.
+    /// Join the readers (R10) instead of holding the volume.
     pub read_only: bool,
     /// Take it over from its present holder.
     pub force: bool,

@@ -32,7 +32,7 @@ pub struct ServeConfig {
     pub metadata: Vec<String>,
     /// The volumes.
     pub volumes: Vec<VolumeSpec>,
-    /// Refuse writes.
+    /// Join the readers (R10) instead of holding the volume.
     pub read_only: bool,
     /// Take volumes over from their present holders.
     pub force: bool,

@@ -48,6 +48,8 @@ pub struct SessionConfig {
     /// Acknowledged but unflushed writes that are kept for R5: a background flush starts above half of
     /// it, admission stops at it.
     pub retained_bytes_max: u64,
+    /// R10: joins the volume's readers instead of holding it. Writes are refused.
+    pub read_only: bool,
     /// Limit of a rebuild's pull in bytes per second; 0 for none.
     pub rebuild_bytes_per_second: u64,
     /// A mistake to make on purpose, for the simulator to catch.
@@ -68,6 +70,7 @@ impl SessionConfig {
             answer_timeout: ANSWER_TIMEOUT,
             in_flight_bytes_max: 16 * 1024 * 1024,
             retained_bytes_max: 16 * 1024 * 1024,
+            read_only: false,
             rebuild_bytes_per_second: 0,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
@@ -90,6 +93,8 @@ pub enum PlantedBug {
     ReadInFlight,
     /// R4: excludes a replica without flushing a remaining one first, nor the writes in flight.
     SkipExclusionFlush,
+    /// R10: a reader answers although metadata did not confirm its place in time.
+    ReadWithoutConfirmation,
 }
 
 /// What happened.
@@ -116,9 +121,9 @@ pub enum SessionEvent {
         /// The answer.
         reply: Reply,
     },
-    /// Answer to [`MetadataRequest::Open`].
+    /// Answer to [`MetadataRequest::Open`] and [`MetadataRequest::Join`].
     Granted {
-        /// The volume with the new epoch and this client as holder.
+        /// The volume with the new epoch and this client as holder; or with this client among the readers.
         view: Box<VolumeView>,
         /// The last close was clean: neither reconcile nor lease wait.
         previous_clean: bool,
@@ -126,8 +131,13 @@ pub enum SessionEvent {
         /// attempt to open): those that do not exist are created.
         first_open: bool,
     },
-    /// Answer to [`MetadataRequest::Open`]: not granted, for good (no such volume, held by another
-    /// client and not forced).
+    /// Answer to [`MetadataRequest::Join`]: nobody holds the volume, but it is to be reconciled, or its replicas
+    /// are to be made, before it may be read (R10).
+    NotReadable,
+    /// Answer to [`MetadataRequest::Confirm`].
+    Confirmed(Box<VolumeView>),
+    /// Answer to [`MetadataRequest::Open`] and [`MetadataRequest::Join`]: not granted, for good (no such volume, held
+    /// by another client and not forced).
     OpenRefused {
         /// Text for people.
         reason: String,
@@ -294,6 +304,10 @@ pub enum MetadataRequest {
     },
     /// GetVolume (linearizable): answered by `ConfigChanged` or `Deleted`.
     Refresh,
+    /// OpenVolume for reading only (R10): answered by `Granted`, `NotReadable` or `OpenRefused`.
+    Join,
+    /// GetVolume (linearizable, carried out after it was asked for): answered by `Confirmed` or `Deleted`.
+    Confirm,
 }
 
 /// One change of [`MetadataRequest::ChangeReplicas`].

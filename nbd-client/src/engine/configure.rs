@@ -1,7 +1,8 @@
 //! Adopting configurations (R0) and making them durable on the replicas.
 //!
 //! Invariants:
-//! - A view in which another client holds the volume ends the session.
+//! - A view in which another client holds the volume ends the session; for a reader, any view in which
+//!   somebody holds it or the reader is not listed (R10).
 //! - Epochs only grow; a view older than the adopted one changes nothing.
 //! - When a group loses an in-sync member, its writes in flight are renewed and nothing in it is
 //!   acknowledged until the configuration is durable on every remaining in-sync member.
@@ -14,6 +15,7 @@ use ashlar_proto::wire::RequestBody;
 use smallvec::SmallVec;
 
 use super::api::{MetadataRequest, PlantedBug, SessionCommand, StopReason};
+use super::reader::Role;
 use super::rebuild::Target;
 use super::replica::{Group, Member, Purpose};
 use super::session::{Phase, Session};
@@ -28,14 +30,15 @@ impl Session {
         if view.epoch < self.epoch || view.revision < self.view.revision {
             return false;
         }
-        if view.holder != Some(self.config.client) {
+        if !self.may_go_on(&view) {
             // The news of our own close may come before its answer.
-            let closed = self.phase == Phase::Closing && view.holder.is_none();
-            self.stop(if closed {
-                StopReason::Closed
+            if self.phase == Phase::Closing && view.holder.is_none() {
+                self.closed();
+            } else if self.role == Role::Preparing && !self.close_asked {
+                self.join_again();
             } else {
-                StopReason::Superseded
-            });
+                self.stop(StopReason::Superseded);
+            }
             return true;
         }
         if view.groups.len() != self.groups.len() && !self.groups.is_empty() {

@@ -8,6 +8,7 @@
 use ashlar_platform::clock::Time;
 
 use super::api::PlantedBug;
+use super::reader::Role;
 use super::session::Session;
 
 impl Session {
@@ -27,6 +28,9 @@ impl Session {
     /// Whether reads of a group may be answered now. Asks for fresh answers where they are missing or
     /// will soon be.
     pub(super) fn lease_holds(&mut self, g: usize) -> bool {
+        if self.role == Role::Reader {
+            return self.reader_lease_holds();
+        }
         if self.planted(PlantedBug::ReadWithoutLease) {
             return true;
         }

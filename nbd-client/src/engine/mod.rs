@@ -1,4 +1,4 @@
-//! The volume session engine: rules R0-R9 of the replication protocol, sans-IO and synchronous.
+//! The volume session engine: rules R0-R10 of the replication protocol, sans-IO and synchronous.
 //!
 //! One [`Session`] is the holder (PacificA's primary) of one volume. It takes events with the time and
 //! appends commands; it knows no socket, no thread, no clock. Production and simulation run this code.
@@ -11,6 +11,7 @@
 //! | `flush` | R5 flush, watermark, retained writes |
 //! | `read`, `lease` | R6 reads and leases, R8 integrity |
 //! | `rebuild` | R7 rebuild, the holder's part |
+//! | `reader` | R10 readers: a session that only reads |
 //! | `replica` | links, timeouts, members of groups |
 
 mod api;
@@ -23,6 +24,7 @@ mod lease;
 mod op;
 mod open;
 mod read;
+mod reader;
 mod rebuild;
 mod reconcile;
 mod replica;

@@ -11,6 +11,7 @@ use super::api::{
     ClientError, ClientOp, ClientReply, ClientRequest, REQUEST_BYTES_MAX, ReadSegments,
     SessionCommand,
 };
+use super::reader::{Role, read_only_answer};
 use super::session::{Phase, Session};
 use super::slots::Key;
 use super::status::StatusMap;
@@ -95,6 +96,12 @@ impl Session {
         if !self.valid(&what) {
             self.stats.in_flight_bytes -= bytes;
             return self.answer(tag, Err(ClientError::Invalid));
+        }
+        if self.role == Role::Reader
+            && !matches!(what, ClientOp::Read { .. } | ClientOp::BlockStatus { .. })
+        {
+            self.stats.in_flight_bytes -= bytes;
+            return self.answer(tag, read_only_answer(&what));
         }
         if matches!(what, ClientOp::Flush) {
             return self.begin_flush(tag);

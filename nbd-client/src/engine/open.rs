@@ -12,6 +12,7 @@ use ashlar_proto::volume::VolumeView;
 
 use super::api::{MetadataRequest, PlantedBug, ReplicaChange, SessionCommand, StopReason};
 use super::exclude::Change;
+use super::reader::Role;
 use super::replica::Link;
 use super::session::{Phase, Session};
 use super::slots::{PeerSet, Window};
@@ -20,6 +21,9 @@ impl Session {
     pub(super) fn on_granted(&mut self, view: VolumeView, previous_clean: bool, first_open: bool) {
         if self.phase != Phase::Asking {
             return;
+        }
+        if self.role == Role::Reader {
+            return self.on_joined(view);
         }
         self.phase = Phase::Opening;
         self.opened_at = self.now;
@@ -115,6 +119,9 @@ impl Session {
     }
 
     fn serve(&mut self) {
+        if self.role == Role::Preparing {
+            return self.prepared();
+        }
         self.phase = Phase::Serving;
         self.first_open = false;
         self.confirmed = self
@@ -163,6 +170,11 @@ impl Session {
     pub(super) fn closing_pump(&mut self) {
         if self.phase != Phase::Draining || !self.ops.is_empty() || !self.rmws.is_empty() {
             return;
+        }
+        if self.role == Role::Reader {
+            self.phase = Phase::Closing;
+            self.closed_clean = true;
+            return self.ask_close();
         }
         if self.flush.is_some() {
             return;

@@ -15,6 +15,7 @@ use ashlar_proto::wire::{
 use bytes::Bytes;
 
 use super::api::{ClientError, PlantedBug, ReadSegment, ReadSegments};
+use super::reader::Role;
 use super::replica::Purpose;
 use super::session::Session;
 use super::slots::{Key, PeerSet};
@@ -282,6 +283,7 @@ impl Session {
     /// Rewrites a bad block with intact data of equal version.
     fn repair(&mut self, peer: u8, range: BlockRange, index: u16, info: BlockInfo, data: Bytes) {
         if info.state != BlockState::Data
+            || self.role == Role::Reader
             || !self.usable(peer)
             || self.window.in_flight(info.version)
         {

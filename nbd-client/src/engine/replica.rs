@@ -19,6 +19,7 @@ use ashlar_proto::wire::{Fence, FenceReply, Request, RequestBody};
 use smallvec::SmallVec;
 
 use super::api::{PlantedBug, SessionCommand};
+use super::reader::Role;
 use super::rebuild::Target;
 use super::reconcile::Reconcile;
 use super::session::{Phase, Session};
@@ -245,6 +246,10 @@ impl Session {
     pub(super) fn wanted_peers(&self) -> PeerSet {
         let mut set = PeerSet::EMPTY;
         for group in &self.groups {
+            if self.role == Role::Reader {
+                set = set.union(group.in_sync);
+                continue;
+            }
             for m in &group.members {
                 if m.state != ReplicaState::Stale {
                     set.insert(m.peer);
@@ -277,7 +282,7 @@ impl Session {
     }
 
     /// The link is gone: everything outstanding on it gets no answer.
-    fn link_down(&mut self, index: u8) {
+    pub(super) fn link_down(&mut self, index: u8) {
         let now = self.now;
         let peer = &mut self.peers[index as usize];
         peer.link = Link::Down {
@@ -315,11 +320,12 @@ impl Session {
     }
 
     fn probe(&mut self, index: u8) {
-        let create = self.first_open
-            || self.groups.iter().any(|g| {
-                g.member(index)
-                    .is_some_and(|m| m.state == ReplicaState::Rebuilding)
-            });
+        let create = self.role != Role::Reader
+            && (self.first_open
+                || self.groups.iter().any(|g| {
+                    g.member(index)
+                        .is_some_and(|m| m.state == ReplicaState::Rebuilding)
+                }));
         let body = RequestBody::Fence(Fence {
             create,
             rebuild_epoch: Epoch(0),
@@ -383,7 +389,9 @@ impl Session {
         if in_sync || target {
             let may_be_new = opening && first_open && !peer.fenced;
             peer.damaged = reply.damaged || !(reply.existed || may_be_new);
-            let changed = !peer.incarnation_is(actual) && !opening;
+            // What a reader reads was flushed everywhere: a store that lost what was not has it still (R10).
+            let reads = self.role == Role::Reader;
+            let changed = !peer.incarnation_is(actual) && !opening && !reads;
             peer.lost = peer.damaged || changed;
         } else {
             peer.lost = false;

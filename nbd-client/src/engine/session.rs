@@ -21,6 +21,7 @@ use super::exclude::Change;
 use super::flush::{FlushRun, Rhythm};
 use super::op::Op;
 use super::read::ReadSlot;
+use super::reader::{Confirmation, Role};
 use super::replica::{Group, Outstanding, Peer, Purpose};
 use super::rmw::Rmw;
 use super::slots::{Key, Slab, Window};
@@ -76,6 +77,10 @@ pub struct Session {
     pub(super) now: Time,
     pub(super) out: Vec<SessionCommand>,
     pub(super) phase: Phase,
+    pub(super) role: Role,
+    pub(super) confirmation: Confirmation,
+    /// Exclusive opens of a reader that were refused.
+    pub(super) preparations_refused: u32,
     /// Something happened that pumps should look at.
     pub(super) pump: bool,
     /// A write was acknowledged in this step.
@@ -133,12 +138,16 @@ impl Session {
     pub fn new(config: SessionConfig, now: Time) -> Self {
         let request_id_base = RequestIds(config.session_number);
         let view = empty_view(&config);
+        let role = Role::of(&config);
         Self {
             config,
             stats: SessionStats::default(),
             now,
             out: Vec::new(),
             phase: Phase::Idle,
+            role,
+            confirmation: Confirmation::default(),
+            preparations_refused: 0,
             pump: false,
             settled: false,
             view,
@@ -213,8 +222,10 @@ impl Session {
             SessionEvent::Start => {
                 if self.phase == Phase::Idle {
                     self.phase = Phase::Asking;
-                    self.out
-                        .push(SessionCommand::Metadata(MetadataRequest::Open));
+                    match self.role {
+                        Role::Reader => self.ask_join(),
+                        Role::Holder | Role::Preparing => self.ask_open(),
+                    }
                 }
             }
             SessionEvent::Client(request) => self.on_client(request),
@@ -228,7 +239,9 @@ impl Session {
             } => {
                 self.on_granted(*view, previous_clean, first_open);
             }
-            SessionEvent::OpenRefused { reason } => self.stop(StopReason::OpenRefused(reason)),
+            SessionEvent::NotReadable => self.on_not_readable(),
+            SessionEvent::Confirmed(view) => self.on_confirmed(*view),
+            SessionEvent::OpenRefused { reason } => self.on_open_refused(reason),
             SessionEvent::ConfigChanged(view) => {
                 self.refreshing = false;
                 if !matches!(self.phase, Phase::Idle | Phase::Asking) {
@@ -244,7 +257,7 @@ impl Session {
             }
             SessionEvent::CloseAnswer => {
                 if self.phase == Phase::Closing {
-                    self.stop(StopReason::Closed);
+                    self.closed();
                 }
             }
             SessionEvent::Deleted => self.stop(StopReason::Deleted),
@@ -271,6 +284,9 @@ impl Session {
 
     fn run_pumps(&mut self) {
         self.ensure_links();
+        if self.role == Role::Reader {
+            return self.reader_pumps();
+        }
         self.exclusion_pump();
         self.opening_pump();
         self.configure_pump();
@@ -431,6 +447,9 @@ impl Session {
 
     /// Whether a deadline of the pumps lies between the last event and `now`.
     fn passed_deadline(&self, now: Time) -> bool {
+        if self.role == Role::Reader {
+            return false;
+        }
         [
             self.opening_deadline(),
             self.exclusion_deadline(),
@@ -441,10 +460,18 @@ impl Session {
         .any(|deadline| deadline <= now)
     }
 
+    pub(super) fn ask_open(&mut self) {
+        self.out
+            .push(SessionCommand::Metadata(MetadataRequest::Open));
+    }
+
     /// When [`SessionEvent::Tick`] is due; `None`: an idle session needs no timer.
     pub fn next_deadline(&self) -> Option<Time> {
         if matches!(self.phase, Phase::Idle | Phase::Asking | Phase::Stopped) {
             return None;
+        }
+        if self.role == Role::Reader {
+            return self.links_deadline();
         }
         [
             self.links_deadline(),
@@ -492,6 +519,7 @@ fn empty_view(config: &SessionConfig) -> VolumeView {
         groups: Vec::new(),
         epoch: Epoch(0),
         holder: None,
+        readers: Vec::new(),
         opened_once: false,
         snapshot: Default::default(),
         revision: 0,

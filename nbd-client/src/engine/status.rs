@@ -9,6 +9,7 @@ use ashlar_proto::wire::{BlockState, Cursor, Digest, Entries, RequestBody};
 
 use super::api::Extent;
 use super::op::OpKind;
+use super::reader::Role;
 use super::replica::Purpose;
 use super::session::Session;
 use super::slots::Key;
@@ -128,6 +129,9 @@ impl Session {
         }
         match entries.next.filter(|next| next.chunk.0 == chunk) {
             Some(next) => self.ask_status(op, chunk, next),
+            None if self.role == Role::Reader && !self.reader_lease_holds() => {
+                self.status_parked.push((op, chunk));
+            }
             None => self.op_part_done(op, None),
         }
     }
@@ -140,6 +144,9 @@ impl Session {
 
     pub(super) fn status_pump(&mut self) {
         if self.status_parked.is_empty() {
+            return;
+        }
+        if self.role == Role::Reader && !self.reader_lease_holds() {
             return;
         }
         for (op, chunk) in std::mem::take(&mut self.status_parked) {

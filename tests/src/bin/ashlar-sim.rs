@@ -17,6 +17,9 @@ struct Args {
     /// Number of seeds.
     #[arg(long, default_value_t = 1)]
     count: u64,
+    /// Clients that only read come and go.
+    #[arg(long)]
+    readers: bool,
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
     let options = Options {
         backend,
         damage: !args.no_damage,
+        readers: args.readers,
         #[cfg(feature = "planted-bugs")]
         planted_bug: args.planted.as_deref().map(planted),
         verbose: args.verbose,

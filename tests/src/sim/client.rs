@@ -87,10 +87,14 @@ pub struct Client {
     pub next_ask: u64,
     /// Takes the volume from another holder.
     pub force: bool,
+    /// Only reads.
+    pub reads: bool,
     /// The session serves.
     pub serving: bool,
     /// It was asked to close.
     pub closing: bool,
+    /// Readers come after it, not a client that writes.
+    pub readers_follow: bool,
     /// Granted: the watch runs.
     pub granted: bool,
     /// Newest revision that the watch delivered.
@@ -114,6 +118,7 @@ impl Client {
         Self {
             host,
             id: config.client,
+            reads: config.read_only,
             state: ClientState::Running,
             clock,
             session: Session::new(config, clock.local(now)),
@@ -124,6 +129,7 @@ impl Client {
             force,
             serving: false,
             closing: false,
+            readers_follow: false,
             granted: false,
             revision: 0,
             in_flight: BTreeMap::new(),

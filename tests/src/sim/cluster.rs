@@ -72,6 +72,10 @@ pub(super) enum Timer {
     NewClient {
         force: bool,
     },
+    NewReader,
+    FreezeReaders {
+        duration: u64,
+    },
     ThawClient {
         client: u32,
     },
@@ -247,6 +251,8 @@ impl Cluster {
                     | Timer::MetadataUp
                     | Timer::MetadataReliable
                     | Timer::NewClient { .. }
+                    | Timer::NewReader
+                    | Timer::FreezeReaders { .. }
                     | Timer::ThawClient { .. }
             )
         });
@@ -331,6 +337,10 @@ impl Cluster {
             Timer::MetadataUp => self.metadata_down = self.metadata_down.saturating_sub(1),
             Timer::MetadataReliable => self.metadata_lossy = None,
             Timer::NewClient { force } => self.new_client(force),
+            Timer::NewReader => {
+                self.start_client(false, true);
+            }
+            Timer::FreezeReaders { duration } => self.freeze_readers(duration),
             Timer::ThawClient { client } => self.thaw_client(client),
             Timer::AskArrives { client, number } => self.ask_arrives(client, number),
             Timer::OpenedOnce {
@@ -767,6 +777,10 @@ impl Cluster {
             }
             return;
         }
+        if pending.ask.request == MetadataRequest::Join && self.metadata.volume().holder.is_some() {
+            // As the real process does: it asks again until nobody holds the volume.
+            return;
+        }
         let before = self.metadata.volume().revision;
         let opened_once = pending.opened_once.unwrap_or(true);
         let event = self.metadata.answer(self.now, &pending.ask, opened_once);
@@ -824,14 +838,15 @@ impl Cluster {
 
     /// Starts a client process that opens the volume.
     pub(super) fn new_client(&mut self, force: bool) {
+        self.newest = self.start_client(force, false);
+    }
+
+    /// Starts a client process; its host number.
+    fn start_client(&mut self, force: bool, reads: bool) -> u32 {
         let last = self.clients.keys().next_back();
         let host = last.map_or(FIRST_CLIENT, |last| last + 1);
-        self.newest = host;
-        #[cfg_attr(
-            not(feature = "planted-bugs"),
-            expect(unused_mut, reason = "a planted bug goes in")
-        )]
         let mut config = Client::config(host);
+        config.read_only = reads;
         #[cfg(feature = "planted-bugs")]
         {
             config.planted_bug = self.setup.planted_bug;
@@ -840,8 +855,9 @@ impl Cluster {
         let clock = SimClock::new(self.rng.below(1 << 40), drift);
         self.clients
             .insert(host, Client::new(host, force, config, clock, self.now));
-        self.note(|| format!("k{host} starts, force {force}"));
+        self.note(|| format!("k{host} starts, force {force}, reads {reads}"));
         self.session(host, SessionEvent::Start);
+        host
     }
 
     pub(super) fn session(&mut self, host: u32, event: SessionEvent) {
@@ -935,7 +951,8 @@ impl Cluster {
         let Some(client) = self.clients.get_mut(&host) else {
             return;
         };
-        if client.closing && state == ClientState::Stopped(StopReason::Closed) && self.loading {
+        let closed = client.closing && state == ClientState::Stopped(StopReason::Closed);
+        if closed && !client.readers_follow && self.loading {
             self.timer(MS, Timer::NewClient { force: false });
         }
         let Some(client) = self.clients.get_mut(&host) else {
@@ -1051,7 +1068,15 @@ impl Cluster {
             return self.timer(5 * MS, Timer::Submit { client: host });
         }
         self.requests_left -= 1;
-        let request = self.workload.next(&mut self.rng);
+        let reads = client.reads;
+        let mut request = self.workload.next(&mut self.rng);
+        if reads {
+            request.kind = Kind::Read;
+            request.fua = false;
+            if request.count == 0 {
+                (request.first, request.count) = (0, 8);
+            }
+        }
         self.submit(host, request);
     }
 

@@ -143,17 +143,55 @@ impl Cluster {
                 self.cut(routes, duration);
                 self.timer(takeover_after, Timer::NewClient { force: true });
             }
-            Fault::Handover => {
-                let host = self.newest;
-                if let Some(client) = self.clients.get_mut(&host)
-                    && client.runs()
-                    && !client.closing
-                    && client.serving
-                {
-                    client.closing = true;
-                    self.session(host, SessionEvent::Close);
+            Fault::Handover => self.close_newest(false),
+            Fault::Readers {
+                count,
+                writer_after,
+                frozen_for,
+            } => {
+                self.close_newest(true);
+                for _ in 0..count {
+                    let after = self.rng.between(0, 50) * MS;
+                    self.timer(after, Timer::NewReader);
                 }
+                if frozen_for > 0 {
+                    let before = self.rng.between(0, 20) * MS;
+                    let after = writer_after.saturating_sub(before);
+                    self.timer(
+                        after,
+                        Timer::FreezeReaders {
+                            duration: frozen_for,
+                        },
+                    );
+                }
+                self.timer(writer_after, Timer::NewClient { force: true });
             }
+        }
+    }
+
+    fn close_newest(&mut self, readers_follow: bool) {
+        let host = self.newest;
+        if let Some(client) = self.clients.get_mut(&host)
+            && client.runs()
+            && !client.closing
+            && client.serving
+        {
+            client.closing = true;
+            client.readers_follow = readers_follow;
+            self.session(host, SessionEvent::Close);
+        }
+    }
+
+    pub(super) fn freeze_readers(&mut self, duration: u64) {
+        let readers = self.clients.values_mut().filter(|c| c.reads && c.runs());
+        let hosts: Vec<u32> = readers
+            .map(|client| {
+                client.state = ClientState::Frozen;
+                client.host
+            })
+            .collect();
+        for client in hosts {
+            self.timer(duration, Timer::ThawClient { client });
         }
     }
 
@@ -365,6 +403,13 @@ impl Cluster {
         let clients: Vec<u32> = self.clients.keys().copied().collect();
         for host in clients {
             self.thaw_client(host);
+            if self
+                .clients
+                .get(&host)
+                .is_some_and(|c| c.reads && c.lives())
+            {
+                self.stop_client(host, ClientState::Dead);
+            }
         }
         if !self
             .clients

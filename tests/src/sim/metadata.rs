@@ -233,6 +233,16 @@ impl Metadata {
             MetadataRequest::Refresh => {
                 return SessionEvent::ConfigChanged(Box::new(self.view(now)));
             }
+            MetadataRequest::Confirm => {
+                return SessionEvent::Confirmed(Box::new(self.view(now)));
+            }
+            MetadataRequest::Join => Operation::JoinVolume(OpenVolume {
+                volume: self.volume,
+                client: ask.client,
+                node: NodeId::NIL,
+                client_name: format!("client {}", ask.client.0[15]),
+                force: ask.force,
+            }),
             MetadataRequest::Open => Operation::OpenVolume(OpenVolume {
                 volume: self.volume,
                 client: ask.client,
@@ -287,7 +297,8 @@ impl Metadata {
             },
             Ok(_) => SessionEvent::CloseAnswer,
             Err(refusal) => match ask.request {
-                MetadataRequest::Open => SessionEvent::OpenRefused {
+                MetadataRequest::Join if !self.volume().is_readable() => SessionEvent::NotReadable,
+                MetadataRequest::Open | MetadataRequest::Join => SessionEvent::OpenRefused {
                     reason: refusal.message,
                 },
                 _ => SessionEvent::ConfigChanged(Box::new(self.view(now))),

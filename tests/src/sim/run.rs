@@ -34,6 +34,8 @@ pub struct Options {
     pub backend: Option<Backend>,
     /// Whether schedules may damage data.
     pub damage: bool,
+    /// Clients that only read come and go.
+    pub readers: bool,
     /// A mistake for sessions to make.
     #[cfg(feature = "planted-bugs")]
     pub planted_bug: Option<nbd_client::engine::PlantedBug>,
@@ -46,6 +48,7 @@ impl Default for Options {
         Self {
             backend: None,
             damage: true,
+            readers: false,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
             verbose: false,
@@ -81,7 +84,10 @@ pub fn run(seed: u64, options: &Options) -> Report {
     };
     let backend = options.backend.unwrap_or(drawn);
     let damage = options.damage && backend != Backend::Memory && shape.replicas == 3;
-    let schedule = schedule::generate(&mut rng, shape.nodes, damage);
+    let mut schedule = schedule::generate(&mut rng, shape.nodes, damage);
+    if options.readers {
+        schedule::add_readers(&mut rng, &mut schedule);
+    }
     let workload = Workload::generate(
         &mut rng,
         shape.size_bytes / 512,
@@ -358,7 +364,7 @@ fn judge(cluster: &Cluster) -> Result<(), String> {
 
 /// All mistakes that sessions can be told to make.
 #[cfg(feature = "planted-bugs")]
-pub const PLANTED: [nbd_client::engine::PlantedBug; 6] = {
+pub const PLANTED: [nbd_client::engine::PlantedBug; 7] = {
     use nbd_client::engine::PlantedBug as Bug;
     [
         Bug::AckBeforeExclusion,
@@ -367,6 +373,7 @@ pub const PLANTED: [nbd_client::engine::PlantedBug; 6] = {
         Bug::SkipReconcile,
         Bug::ReadInFlight,
         Bug::SkipExclusionFlush,
+        Bug::ReadWithoutConfirmation,
     ]
 };
 

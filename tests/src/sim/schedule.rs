@@ -62,6 +62,13 @@ pub enum Fault {
     Takeover,
     /// The client closes the volume and another one opens it.
     Handover,
+    /// The client closes the volume and others read it, until another one takes it from them to write. Where
+    /// `frozen_for` is not zero they are stopped by a signal shortly before that, and wake up later.
+    Readers {
+        count: u32,
+        writer_after: u64,
+        frozen_for: u64,
+    },
     /// One node and the client reach only each other; another client takes over and cannot reach that
     /// node.
     Split {
@@ -167,6 +174,20 @@ pub fn generate(rng: &mut Rng, nodes: u32, damage_allowed: bool) -> Schedule {
         faults,
         damages,
     }
+}
+
+/// Adds readers to a schedule.
+pub fn add_readers(rng: &mut Rng, schedule: &mut Schedule) {
+    for _ in 0..rng.between(1, 4) {
+        let at = rng.between(0, schedule.duration);
+        let fault = Fault::Readers {
+            count: rng.between(1, 3) as u32,
+            writer_after: span(rng),
+            frozen_for: if rng.coin() { span(rng) } else { 0 },
+        };
+        schedule.faults.push((at, fault));
+    }
+    schedule.faults.sort_by_key(|(at, _)| *at);
 }
 
 /// A duration: often short, sometimes beyond every timeout.

@@ -2,7 +2,7 @@
 
 use ashlar_proto::ids::{DiskId, Epoch, ReplicaState};
 
-use super::world::{Event, World};
+use super::world::{Event, MS, World};
 use crate::engine::*;
 
 impl World {
@@ -15,9 +15,13 @@ impl World {
         let event = match request {
             MetadataRequest::Open => {
                 let first_open = !self.view.opened_once;
-                let previous_clean = self.clean;
+                // Always by force, as far as readers are concerned: they may go on for a lease.
+                let left = self.view.readers.is_empty() && !self.reader_revoked;
+                let previous_clean = self.clean && left;
                 self.clean = false;
+                self.reader_revoked = false;
                 self.view.holder = Some(id);
+                self.view.readers.clear();
                 for replica in self.view.groups.iter_mut().flatten() {
                     if replica.state == ReplicaState::Rebuilding {
                         replica.state = ReplicaState::Stale;
@@ -41,7 +45,11 @@ impl World {
                 }
             }
             MetadataRequest::Close { epoch, clean } => {
-                if self.view.holder == Some(id) && self.view.epoch == epoch {
+                if self.view.readers.contains(&id) {
+                    self.view.readers.retain(|r| *r != id);
+                    self.view.revision += 1;
+                    SessionEvent::CloseAnswer
+                } else if self.view.holder == Some(id) && self.view.epoch == epoch {
                     self.view.holder = None;
                     self.clean = clean;
                     self.view.revision += 1;
@@ -51,6 +59,24 @@ impl World {
                 }
             }
             MetadataRequest::Refresh => SessionEvent::ConfigChanged(Box::new(self.view.clone())),
+            MetadataRequest::Confirm => SessionEvent::Confirmed(Box::new(self.view.clone())),
+            MetadataRequest::Join if self.view.holder.is_some() => {
+                // As the owner of a session does: it asks again until nobody holds the volume.
+                return self.schedule(100 * MS, Event::Metadata { client, request });
+            }
+            MetadataRequest::Join if !self.clean || !self.view.opened_once => {
+                SessionEvent::NotReadable
+            }
+            MetadataRequest::Join => {
+                self.view.readers.retain(|r| *r != id);
+                self.view.readers.push(id);
+                self.view.revision += 1;
+                SessionEvent::Granted {
+                    view: Box::new(self.view.clone()),
+                    previous_clean: true,
+                    first_open: false,
+                }
+            }
         };
         let after = self.delay();
         self.schedule(
@@ -143,6 +169,16 @@ impl World {
                 self.schedule(after, Event::ToSession { client, event });
             }
         }
+    }
+
+    /// UnpublishVolume of everybody: whoever has the volume loses it.
+    pub(super) fn revoke(&mut self) {
+        self.clean &= self.view.holder.is_none();
+        self.reader_revoked |= !self.view.readers.is_empty();
+        self.view.holder = None;
+        self.view.readers.clear();
+        self.bump();
+        self.notify();
     }
 
     pub(super) fn resize(&mut self, size_bytes: u64) {

@@ -7,6 +7,7 @@ mod faults;
 mod metadata;
 mod oracle;
 mod random;
+mod readers;
 mod scenarios;
 mod world;
 

@@ -2,7 +2,7 @@
 //! reorders, faults, and an oracle of what clients saw.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 use ashlar_platform::clock::Time;
@@ -127,6 +127,8 @@ pub(super) struct World {
     pub(super) disks: Vec<FakeDisk>,
     pub(super) view: VolumeView,
     pub(super) clean: bool,
+    /// A reader lost the volume without leaving it.
+    pub(super) reader_revoked: bool,
     pub(super) clients: Vec<Client>,
     pub(super) metadata_up: bool,
     pub(super) rebuilds: bool,
@@ -134,6 +136,8 @@ pub(super) struct World {
     pub(super) connection: u64,
     /// Connections below it are broken, per disk.
     pub(super) broken_below: Vec<u64>,
+    /// Clients that get no connection to a disk.
+    pub(super) unreachable: BTreeSet<(usize, usize)>,
     tag: u64,
     /// Longest delay of a message, in microseconds.
     pub(super) delay_us_max: u64,
@@ -175,6 +179,7 @@ impl World {
             groups: vec![group; groups],
             epoch: Epoch(0),
             holder: None,
+            readers: Vec::new(),
             opened_once: false,
             snapshot: Default::default(),
             revision: 1,
@@ -188,12 +193,14 @@ impl World {
             disks,
             view,
             clean: true,
+            reader_revoked: false,
             clients: Vec::new(),
             metadata_up: true,
             rebuilds: true,
             oracle: Oracle::default(),
             connection: 0,
             broken_below: vec![0; replicas as usize],
+            unreachable: BTreeSet::new(),
             tag: 0,
             delay_us_max: 300,
             changes: 0,
@@ -433,7 +440,8 @@ impl World {
                     return;
                 }
                 let (id, up) = (self.disks[disk].id, self.disks[disk].alive);
-                let whole = connection >= self.broken_below[disk];
+                let whole = connection >= self.broken_below[disk]
+                    && !self.unreachable.contains(&(client, disk));
                 if up && whole && self.disks[disk].paused_until <= self.now {
                     self.feed(client, SessionEvent::ReplicaUp { disk: id });
                 } else {
