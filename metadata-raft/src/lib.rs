@@ -10,6 +10,7 @@
 
 #![cfg_attr(test, expect(clippy::unwrap_used, reason = "tests"))]
 
+pub mod metrics;
 pub mod model;
 pub mod planner;
 pub mod raft;

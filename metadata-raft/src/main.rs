@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
+use ashlar_platform::observe::Observer;
 use clap::Parser;
+use metadata_raft::metrics;
 use metadata_raft::raft::config::Tuning;
 use metadata_raft::rpc::{Options, Running};
 use tokio::signal::unix::{SignalKind, signal};
@@ -32,6 +34,9 @@ struct Arguments {
     /// Members of an existing cluster to join: HOST:PORT,...
     #[arg(long, value_delimiter = ',')]
     join: Vec<String>,
+    /// Address of the HTTP server for /metrics, /healthz and /readyz; none without it.
+    #[arg(long, value_name = "IP:PORT")]
+    metrics: Option<SocketAddr>,
     /// What to log: a level, or directives as in `info,openraft=debug`.
     #[arg(long, env = "ASHLAR_LOG", default_value = "info,openraft=warn")]
     log: String,
@@ -65,6 +70,16 @@ fn main() -> anyhow::Result<()> {
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
+    // First of all, so that a member that takes long to start is seen to be alive.
+    let observed = match arguments.metrics {
+        None => None,
+        Some(listen) => {
+            let observer =
+                Observer::install("metadata-raft", env!("CARGO_PKG_VERSION"), metrics::ALL)?;
+            let served = observer.serve(listen).await?;
+            Some((observer, served))
+        }
+    };
     let running = Running::start(Options {
         id: arguments.id,
         listen: arguments.listen,
@@ -75,6 +90,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         tuning: Tuning::default(),
     })
     .await?;
+    if let Some((observer, _)) = &observed {
+        running.member.observe(observer);
+    }
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

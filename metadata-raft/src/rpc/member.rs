@@ -17,6 +17,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::convert;
 use super::liveness::{Liveness, View};
+use crate::metrics::{Outcome, Proposal};
 use crate::model::{Answer, Command, State};
 use crate::planner::DiskView;
 use crate::raft::network::channel;
@@ -134,14 +135,25 @@ impl Member {
 
     /// Commits a command and returns its answer.
     pub(super) async fn propose(&self, command: Command) -> Result<Answer, Fault> {
-        let written = tokio::time::timeout(MAJORITY_DEADLINE, self.raft.client_write(command))
-            .await
-            .map_err(|_| no_majority())?
-            .map_err(write_fault)?;
-        match written.data {
-            Some(response) => Ok(response?),
-            None => Err(Status::internal("a command without response").into()),
-        }
+        let proposal = Proposal::begin();
+        let write = self.raft.client_write(command);
+        let (outcome, answer) = match tokio::time::timeout(MAJORITY_DEADLINE, write).await {
+            Err(_) => (Outcome::NoMajority, Err(no_majority().into())),
+            Ok(Err(error)) => match write_fault(error) {
+                Fault::NotLeader => (Outcome::NotLeader, Err(Fault::NotLeader)),
+                fault => (Outcome::Failed, Err(fault)),
+            },
+            Ok(Ok(written)) => match written.data {
+                Some(Ok(answer)) => (Outcome::Committed, Ok(answer)),
+                Some(Err(refusal)) => (Outcome::Refused, Err(refusal.into())),
+                None => {
+                    let status = Status::internal("a command without response");
+                    (Outcome::Failed, Err(status.into()))
+                }
+            },
+        };
+        proposal.end(outcome);
+        answer
     }
 
     /// Returns when the local state contains everything committed before the call (ReadIndex).

@@ -10,6 +10,7 @@ mod cluster;
 mod convert;
 mod liveness;
 mod member;
+mod observe;
 mod publications;
 mod repair_loop;
 mod running;

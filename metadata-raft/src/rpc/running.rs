@@ -1,6 +1,8 @@
 //! A member from start to stop.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -238,6 +240,8 @@ fn check_identity(options: &Options) -> Result<(), StartError> {
 
 fn serve(listener: TcpListener, member: Arc<Member>, raft: RaftServer) -> JoinHandle<()> {
     let mut stopping = member.role.clone();
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let reporting = member.clone().report_health(health);
     let metadata = MetadataServer::new(Service(member));
     let raft = RaftService::new(raft)
         .max_decoding_message_size(VALUE_BYTES_MAX)
@@ -250,11 +254,15 @@ fn serve(listener: TcpListener, member: Arc<Member>, raft: RaftServer) -> JoinHa
             // A closed channel is a stop, too.
             let _ = stopping.wait_for(|r| r.stopping).await;
         };
-        let served = Server::builder()
+        let serving = Server::builder()
+            .add_service(health_service)
             .add_service(metadata)
             .add_service(raft)
-            .serve_with_incoming_shutdown(incoming, stop)
-            .await;
+            .serve_with_incoming_shutdown(incoming, stop);
+        let served = tokio::select! {
+            served = serving => served,
+            never = async { reporting.await; pending::<Infallible>().await } => match never {},
+        };
         if let Err(error) = served {
             tracing::error!(%error, "the gRPC server has ended");
         }

@@ -4,11 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_proto::rpc::metadata as pb;
+use ashlar_proto::rpc::metadata::metadata_client::MetadataClient;
 use ashlar_proto::rpc::metadata::metadata_server::Metadata;
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::member::Member;
 use super::watch::EventStream;
+use crate::metrics::count_call;
 
 /// A membership change may send a whole snapshot first.
 const MEMBERSHIP_DEADLINE: Duration = Duration::from_secs(60);
@@ -27,33 +30,36 @@ macro_rules! routed {
             async fn get_cluster(&self, request: Request<pb::GetClusterRequest>) -> Reply<pb::Cluster> {
                 // From another member it asks how far the leader has applied; from anybody else it must
                 // be answered without a leader, too.
-                if super::member::is_forwarded(&request) {
-                    return self.0.confirmed_cluster(request).await.map(Response::new);
-                }
-                Ok(Response::new(self.0.cluster()))
+                let call = async {
+                    if super::member::is_forwarded(&request) {
+                        return self.0.confirmed_cluster(request).await.map(Response::new);
+                    }
+                    Ok(Response::new(self.0.cluster()))
+                };
+                count_call("get_cluster", call).await
             }
 
             async fn add_member(&self, request: Request<pb::AddMemberRequest>) -> Reply<pb::Cluster> {
                 let local = |r| self.0.add_member(r);
-                self.0
-                    .route_within(MEMBERSHIP_DEADLINE, request, local, |mut c, r| async move { c.add_member(r).await })
-                    .await
+                let remote = |mut c: MetadataClient<Channel>, r| async move { c.add_member(r).await };
+                count_call("add_member", self.0.route_within(MEMBERSHIP_DEADLINE, request, local, remote)).await
             }
 
             async fn remove_member(&self, request: Request<pb::RemoveMemberRequest>) -> Reply<pb::Cluster> {
                 let local = |r| self.0.remove_member(r);
-                self.0
-                    .route_within(MEMBERSHIP_DEADLINE, request, local, |mut c, r| async move { c.remove_member(r).await })
-                    .await
+                let remote = |mut c: MetadataClient<Channel>, r| async move { c.remove_member(r).await };
+                count_call("remove_member", self.0.route_within(MEMBERSHIP_DEADLINE, request, local, remote)).await
             }
 
             async fn watch_volumes(&self, request: Request<pb::WatchVolumesRequest>) -> Reply<EventStream> {
-                super::watch::start(self.0.clone(), request.into_inner()).map(Response::new)
+                let begin = async { super::watch::start(self.0.clone(), request.into_inner()).map(Response::new) };
+                count_call("watch_volumes", begin).await
             }
 
             $(async fn $name(&self, request: Request<$request>) -> Reply<$reply> {
                 let local = |r| self.0.$name(r);
-                self.0.route(request, local, |mut c, r| async move { c.$name(r).await }).await
+                let remote = |mut c: MetadataClient<Channel>, r| async move { c.$name(r).await };
+                count_call(stringify!($name), self.0.route(request, local, remote)).await
             })*
         }
     };

@@ -14,6 +14,7 @@ use super::{Options, Running};
 use crate::raft::config::Tuning;
 use crate::raft::network::channel;
 
+mod observed;
 mod publications;
 
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -47,9 +47,12 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Every name is in `docs/metrics.md`; [`check_reference`] keeps it so, in a test of each crate.
 
 mod metric;
 mod process;
+mod reference;
 mod server;
 
 use std::future::Future;
@@ -63,7 +66,8 @@ use metrics_exporter_prometheus::{
 };
 
 pub use metric::{Kind, Metric, Unit, Value};
-pub use process::PROCESS;
+pub use process::{PROCESS, resident_bytes};
+pub use reference::check_reference;
 pub use server::Served;
 
 /// Upper bounds of every histogram's buckets, in seconds: from a fast disk to a slow mkfs.

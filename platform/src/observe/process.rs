@@ -30,13 +30,21 @@ pub const PROCESS: &[Metric] = &[BUILD_INFO, RESIDENT_BYTES, THREADS];
 
 pub(super) fn collect(scrape: &Scrape, component: &str, version: &str) {
     scrape.set(&BUILD_INFO, &[component, version], 1_u64);
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if let Some(kib) = field(&status, "VmRSS:") {
-        scrape.set(&RESIDENT_BYTES, &[], kib * 1024);
+    if let Some(bytes) = resident_bytes() {
+        scrape.set(&RESIDENT_BYTES, &[], bytes);
     }
-    if let Some(threads) = field(&status, "Threads:") {
+    if let Some(threads) = status("Threads:") {
         scrape.set(&THREADS, &[], threads);
     }
+}
+
+/// Resident memory of this process; `None` if /proc does not tell.
+pub fn resident_bytes() -> Option<u64> {
+    Some(status("VmRSS:")? * 1024)
+}
+
+fn status(name: &str) -> Option<u64> {
+    field(&std::fs::read_to_string("/proc/self/status").ok()?, name)
 }
 
 /// The number after a name in `/proc/self/status` (proc_pid_status(5)).
