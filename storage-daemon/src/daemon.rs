@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use ashlar_proto::ids::{ClusterId, DiskId, NodeId};
@@ -66,6 +66,8 @@ pub struct Daemon {
     file: Mutex<NodeFile>,
     disks: Mutex<BTreeMap<PathBuf, Slot>>,
     changed: Notify,
+    /// Whether the node is of use to the cluster, or why not.
+    standing: std::sync::Mutex<Result<(), String>>,
 }
 
 impl Daemon {
@@ -85,6 +87,7 @@ impl Daemon {
             file: Mutex::new(file),
             disks: Mutex::new(BTreeMap::new()),
             changed: Notify::new(),
+            standing: std::sync::Mutex::new(Err("not registered yet".to_owned())),
         }
     }
 
@@ -106,6 +109,35 @@ impl Daemon {
     /// The metadata cluster.
     pub fn metadata(&self) -> &MetadataAccess {
         &self.metadata
+    }
+
+    /// Whether this node is of use to the cluster.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn standing(&self) -> Result<(), String> {
+        let standing = self.standing.lock();
+        standing.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Remembers how the last report to the metadata cluster went.
+    pub fn set_standing(&self, standing: Result<(), String>) {
+        *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+    }
+
+    /// Disks in its list.
+    pub async fn disk_count(&self) -> usize {
+        self.disks.lock().await.len()
+    }
+
+    /// Disks that are neither served nor known to have failed: they are being opened.
+    pub async fn disks_opening(&self) -> usize {
+        let disks = self.disks.lock().await;
+        let opening = |slot: &&Slot| match &slot.handle {
+            None => slot.failure.is_none(),
+            Some(handle) => *handle.state().borrow() == DiskState::Opening,
+        };
+        disks.values().filter(opening).count()
     }
 
     /// Waits for a change of the disks.
@@ -392,11 +424,15 @@ impl Daemon {
             .iter()
             .map(|(p, s)| (p.clone(), s.clone()))
             .collect();
-        let mut reports = Vec::with_capacity(slots.len());
-        for (path, slot) in slots {
-            reports.extend(self.report(path, slot).await);
-        }
-        reports
+        // All at once: one that does not answer keeps nobody waiting for the others.
+        let reports = slots
+            .into_iter()
+            .map(|(path, slot)| self.report(path, slot));
+        futures::future::join_all(reports)
+            .await
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     async fn report(&self, path: PathBuf, slot: Slot) -> Option<DiskReport> {

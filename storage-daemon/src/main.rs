@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use ashlar_platform::observe::Observer;
+use ashlar_proto::rpc::daemon::storage_daemon_server::StorageDaemonServer;
 use clap::{Args, Parser, Subcommand};
 use storage_daemon::config::{DataListen, NodeFile, ServeConfig, parse_label};
 use storage_daemon::daemon::Daemon;
-use storage_daemon::rpc::{AdminService, MetadataAccess, register_and_report};
-use storage_daemon::{inspect, offline};
+use storage_daemon::rpc::{AdminService, MetadataAccess, observe, register_and_report};
+use storage_daemon::{inspect, metrics, offline};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -73,6 +75,9 @@ struct Serve {
     /// Serve each disk on a unix socket in this directory as well, for nbd-client on the same machine.
     #[arg(long, value_name = "DIR", env = "ASHLAR_LOCAL_SOCKETS")]
     local_sockets: Option<PathBuf>,
+    /// Address of the HTTP server for /metrics, /healthz and /readyz; none without it.
+    #[arg(long, value_name = "IP:PORT")]
+    metrics: Option<SocketAddr>,
     /// Cache of page metadata per disk, in MiB.
     #[arg(long, default_value_t = 128)]
     cache_mib: usize,
@@ -212,12 +217,21 @@ fn serve(arguments: Serve) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the control plane's threads")?;
-    runtime.block_on(run(config))
+    runtime.block_on(run(config, arguments.metrics))
 }
 
-async fn run(config: ServeConfig) -> anyhow::Result<()> {
+async fn run(config: ServeConfig, observed_at: Option<SocketAddr>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let observed = match observed_at {
+        None => None,
+        Some(listen) => {
+            let observer =
+                Observer::install("storage-daemon", env!("CARGO_PKG_VERSION"), metrics::ALL)?;
+            let served = observer.serve(listen).await?;
+            Some((observer, served))
+        }
+    };
     let file = NodeFile::open(&config.data_dir)?;
     let metadata = MetadataAccess::new(&config.metadata).map_err(anyhow::Error::msg)?;
     let listener = TcpListener::bind(config.admin_listen)
@@ -227,10 +241,17 @@ async fn run(config: ServeConfig) -> anyhow::Result<()> {
     tracing::info!(node = %file.node(), name = config.node_name, admin = %admin_address, "starting");
     let daemon = Arc::new(Daemon::new(config, file, metadata, admin_address));
 
+    if let Some((observer, _)) = &observed {
+        observe(&daemon, observer);
+    }
+
     let (stop, mut stopped) = tokio::sync::watch::channel(false);
     let (health, health_service) = tonic_health::server::health_reporter();
     health
         .set_service_status("", tonic_health::ServingStatus::Serving)
+        .await;
+    health
+        .set_serving::<StorageDaemonServer<AdminService>>()
         .await;
     let service = AdminService::server(Arc::clone(&daemon));
     let mut server = tokio::spawn(

@@ -62,6 +62,23 @@ fn a_lower_or_equal_version_is_superseded_in_log_and_home() {
 }
 
 #[test]
+fn chunks_and_reserved_pages_are_counted() {
+    let mut h = fresh();
+    for (chunk, block) in [(0, 0), (0, 1), (0, 100), (7, 0)] {
+        h.call(write(chunk, block, 1, v(1))).unwrap();
+    }
+    // Three pages are needed once the four blocks leave the log.
+    let pages = 3 * PAGE_SIZE as u64;
+    let stats = h.store.stats();
+    assert_eq!((stats.reserved_bytes, stats.used_bytes), (pages, pages));
+    assert_eq!(h.store.replica(VOLUME).unwrap().chunks, 2);
+    let h = home(h);
+    let stats = h.store.stats();
+    assert_eq!((stats.reserved_bytes, stats.used_bytes), (0, pages));
+    assert_eq!(h.store.replica(VOLUME).unwrap().chunks, 2);
+}
+
+#[test]
 fn superseded_is_answered_after_the_superseding_batch() {
     let mut h = fresh();
     let first = h.request(write(0, 0, 1, v(2)));

@@ -93,6 +93,7 @@ impl<S: ChunkStore> DiskEngine<S> {
             identity: self.identity,
             store: self.last_stats,
             counters: self.counters,
+            connections: self.connections.len() as u32,
             failure: match &self.life {
                 Life::Failed(message) => Some(message.clone()),
                 _ => None,

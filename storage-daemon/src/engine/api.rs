@@ -168,6 +168,8 @@ pub struct EngineStatus {
     pub store: StoreStats,
     /// Of the engine.
     pub counters: EngineCounters,
+    /// Connections that others have opened.
+    pub connections: u32,
     /// Why the disk is not served, if so.
     pub failure: Option<String>,
     /// Volumes with a replica here, and their fences, ascending.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ashlar_platform::observe::resident_bytes;
 use ashlar_proto::ids::{DiskId, Epoch, PAGE_SIZE, VolumeId};
 use ashlar_proto::rpc::daemon as pb;
 use ashlar_proto::rpc::daemon::storage_daemon_server::{StorageDaemon, StorageDaemonServer};
@@ -52,7 +53,7 @@ impl StorageDaemon for AdminService {
             name: self.daemon.config().node_name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             disks,
-            rss_bytes: rss_bytes(),
+            rss_bytes: resident_bytes().unwrap_or(0),
         }))
     }
 
@@ -173,7 +174,7 @@ fn disk_info(report: &DiskReport) -> pb::DiskInfo {
         data_address: report.address.clone(),
         capacity_bytes: store.capacity_bytes,
         used_bytes: store.used_bytes,
-        reserved_bytes: 0,
+        reserved_bytes: store.reserved_bytes,
         log_bytes: store.log_bytes,
         log_used_bytes: store.log_used_bytes,
         incarnation: report.incarnation,
@@ -200,25 +201,11 @@ fn replica_info(disk: DiskId, replica: &ReplicaStatus) -> pb::ReplicaInfo {
             .unwrap_or_default(),
         fence_epoch: info.fence.0,
         used_bytes: info.pages * PAGE_SIZE as u64,
-        // The store counts pages, not chunks.
-        chunks: 0,
+        chunks: info.chunks,
         suspect: info.suspect,
         damaged: info.damaged,
         rebuild_chunks_done: pull.map_or(0, |p| p.chunks_done),
         rebuild_chunks_total: pull.map_or(0, |p| p.chunks_total),
         rebuild_blocks_moved: pull.map_or(0, |p| p.blocks_moved),
     }
-}
-
-/// Resident memory of this process; 0 if /proc does not tell.
-fn rss_bytes() -> u64 {
-    const PAGE: u64 = 4096;
-    let resident = std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|text| {
-            text.split_whitespace()
-                .nth(1)
-                .and_then(|pages| pages.parse::<u64>().ok())
-        });
-    resident.unwrap_or(0) * PAGE
 }

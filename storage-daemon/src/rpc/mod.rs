@@ -3,8 +3,10 @@
 
 mod admin;
 mod metadata;
+mod observe;
 mod registration;
 
 pub use self::admin::AdminService;
 pub use self::metadata::MetadataAccess;
+pub use self::observe::observe;
 pub use self::registration::run as register_and_report;

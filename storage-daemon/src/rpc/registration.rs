@@ -40,7 +40,9 @@ pub async fn run(daemon: Arc<Daemon>) {
     let mut disks = BTreeMap::<DiskId, Registered>::new();
     let mut interval = INTERVAL_DEFAULT;
     loop {
-        match round(&daemon, &mut node_known, &mut disks).await {
+        let outcome = round(&daemon, &mut node_known, &mut disks).await;
+        daemon.set_standing(standing(&daemon, &outcome, node_known).await);
+        match outcome {
             Ok(Some(wanted)) => interval = wanted.clamp(INTERVAL_BOUNDS.0, INTERVAL_BOUNDS.1),
             Ok(None) => {}
             Err(status) if super::metadata::is_about_the_member(&status) => {
@@ -56,6 +58,31 @@ pub async fn run(daemon: Arc<Daemon>) {
             () = tokio::time::sleep(interval) => {}
             () = daemon.changed() => {}
         }
+    }
+}
+
+/// What a round's outcome means for whoever asks whether this node is ready.
+async fn standing(
+    daemon: &Daemon,
+    outcome: &Result<Option<Duration>, Status>,
+    node_known: bool,
+) -> Result<(), String> {
+    match outcome {
+        Err(status) if super::metadata::is_about_the_member(status) => {
+            return Err(format!("no metadata member answers: {}", status.message()));
+        }
+        Err(status) => {
+            return Err(format!(
+                "the metadata cluster refuses this node: {}",
+                status.message()
+            ));
+        }
+        Ok(_) if !node_known => return Err("registering again".to_owned()),
+        Ok(_) => {}
+    }
+    match daemon.disks_opening().await {
+        0 => Ok(()),
+        opening => Err(format!("{opening} disks are being opened")),
     }
 }
 

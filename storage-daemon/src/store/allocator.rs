@@ -53,6 +53,11 @@ impl Allocator {
         self.page_count - self.available() + self.reserved
     }
 
+    /// Pages promised.
+    pub(super) fn reserved(&self) -> u32 {
+        self.reserved
+    }
+
     pub(super) fn can_reserve(&self, count: u32) -> bool {
         self.available() >= self.reserved.saturating_add(count)
     }
@@ -133,6 +138,7 @@ mod tests {
         let mut a = Allocator::new(4, 0);
         a.raise_high_water(4);
         a.reserve();
+        assert_eq!((a.used(), a.reserved()), (1, 1));
         assert!(a.can_reserve(3) && !a.can_reserve(4));
         assert_eq!(
             [(); 3].map(|()| a.allocate_unreserved()),
@@ -140,7 +146,7 @@ mod tests {
         );
         assert_eq!(a.allocate_unreserved(), None);
         assert_eq!(a.allocate_reserved(), Some(3));
-        assert_eq!(a.used(), 4);
+        assert_eq!((a.used(), a.reserved()), (4, 0));
         a.release(2);
         assert_eq!(a.allocate_unreserved(), Some(2));
     }

@@ -338,6 +338,8 @@ pub struct ReplicaInfo {
     pub written: bool,
     /// Pages (64 KiB) that its blocks occupy, without what is only in the log.
     pub pages: u64,
+    /// Chunks with anything written or trimmed.
+    pub chunks: u64,
     /// The last configuration.
     pub descriptor: Option<VolumeDescriptor>,
 }
@@ -349,6 +351,8 @@ pub struct StoreStats {
     pub capacity_bytes: u64,
     /// Bytes of pages that hold something or are promised to what the log holds.
     pub used_bytes: u64,
+    /// Of these, bytes promised to blocks that are only in the log.
+    pub reserved_bytes: u64,
     /// Bytes of the log.
     pub log_bytes: u64,
     /// Bytes of the log in use.

@@ -100,6 +100,7 @@ impl Store {
             highest: r.highest,
             written: r.highest > Version::ZERO,
             pages: r.pages,
+            chunks: r.chunks.len() as u64,
             descriptor: r.descriptor.clone(),
         }
     }

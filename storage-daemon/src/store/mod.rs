@@ -232,6 +232,7 @@ impl Store {
         StoreStats {
             capacity_bytes: u64::from(self.allocator.page_count()) * PAGE_SIZE as u64,
             used_bytes: u64::from(self.allocator.used()) * PAGE_SIZE as u64,
+            reserved_bytes: u64::from(self.allocator.reserved()) * PAGE_SIZE as u64,
             log_bytes: self.log.bytes,
             log_used_bytes: self.log.used,
             replicas: self.index.by_volume.len() as u32,

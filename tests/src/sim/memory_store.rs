@@ -551,6 +551,7 @@ impl Media {
                 highest: Version::ZERO,
                 written: false,
                 pages: 0,
+                chunks: 0,
                 descriptor: None,
             },
             blocks: BTreeMap::new(),

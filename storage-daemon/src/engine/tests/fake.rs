@@ -50,6 +50,7 @@ pub fn info(volume: VolumeId) -> ReplicaInfo {
         highest: Version::ZERO,
         written: false,
         pages: 0,
+        chunks: 0,
         descriptor: None,
     }
 }
