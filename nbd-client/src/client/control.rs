@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ashlar_platform::clock;
-use ashlar_proto::ids::{ClientId, Epoch, NodeId, VolumeId};
+use ashlar_proto::ids::{ClientId, Epoch};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 

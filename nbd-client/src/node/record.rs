@@ -282,12 +282,20 @@ mod tests {
             let mut damaged = whole.clone();
             damaged[at] ^= 1;
             fs::write(&path, &damaged).unwrap();
-            assert_eq!(records.load().unwrap(), [good.clone()], "byte {at}");
+            assert_eq!(
+                records.load().unwrap(),
+                std::slice::from_ref(&good),
+                "byte {at}"
+            );
             assert!(!path.exists());
         }
         for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
             fs::write(&path, &whole[..cut]).unwrap();
-            assert_eq!(records.load().unwrap(), [good.clone()], "cut at {cut}");
+            assert_eq!(
+                records.load().unwrap(),
+                std::slice::from_ref(&good),
+                "cut at {cut}"
+            );
         }
         // A whole record under another volume's name is not believed either.
         fs::write(records.path(VolumeId::generate()), &whole).unwrap();
