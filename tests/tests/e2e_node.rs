@@ -48,7 +48,7 @@ fn mounted(cluster: &Cluster, network: &Network, size: &str) -> AttachNode {
     cluster.volume("data", size, 3);
     let mut node = AttachNode::boot(network, cluster, 1, "node-1");
     node.json("attach data");
-    node.ok("mkfs.ext4 -q -E nodiscard /dev/nbd0 && mount /dev/nbd0 /mnt");
+    node.ok("mkfs.ext4 -q -b 4096 /dev/nbd0 && mount /dev/nbd0 /mnt");
     node
 }
 
