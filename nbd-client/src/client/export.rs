@@ -245,11 +245,11 @@ impl Export {
 
     /// The reactor has given a connection's socket back.
     pub fn released(&mut self, conn: ConnId, passed: PassedSocket) {
-        self.closed(conn);
+        // First, for the release ends with the last peer.
         if let Some(release) = &mut self.release {
             release.passed.push(passed);
         }
-        self.finish_release();
+        self.closed(conn);
     }
 
     fn finish_release(&mut self) {
