@@ -188,6 +188,13 @@ mod tests {
     use super::*;
     use crate::client::stats::ReplicaStats;
 
+    #[test]
+    fn the_reference_is_complete() {
+        let reference = include_str!("../../docs/metrics.md");
+        ashlar_platform::observe::check_reference(reference, "nbd-client", ALL)
+            .unwrap_or_else(|wrong| panic!("{wrong}"));
+    }
+
     #[tokio::test]
     async fn a_volumes_figures_are_shown_under_its_name() {
         let observer = Observer::apart("nbd-client", "0", ALL).unwrap();
