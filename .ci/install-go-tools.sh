@@ -18,6 +18,17 @@ fi
 tools='
 helm           helm.sh/helm/v3/cmd/helm                 v3.22.0
 kubeconform    github.com/yannh/kubeconform/cmd/kubeconform  v0.8.0
+csi-sanity     github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity  v5.6.0
+'
+# Programs of this repository: name, directory of its module.
+own='
+csi-client     tests/go/csi-client
+'
+# Their module path lacks the major version, so `go install` does not take the tag: built from the tagged sources.
+# name                      repository                                          tag      package
+cloned='
+csi-node-driver-registrar  https://github.com/kubernetes-csi/node-driver-registrar  v2.17.0  ./cmd/csi-node-driver-registrar
+livenessprobe              https://github.com/kubernetes-csi/livenessprobe          v2.19.0  ./cmd/livenessprobe
 '
 
 if ! command -v go >/dev/null; then
@@ -27,18 +38,56 @@ if ! command -v go >/dev/null; then
 fi
 
 wanted=" ${*:-all} "
-echo "$tools" | while read -r name package version; do
-    [ -n "$name" ] || continue
+is_wanted() {
+    [ -n "$1" ] || return 1
     case $wanted in
-    " all " | *" $name "*) ;;
-    *) continue ;;
+    " all " | *" $1 "*) ;;
+    *) return 1 ;;
     esac
+}
+
+failures=$directory/.failed
+: >"$failures"
+failed() {
+    echo "SKIPPED $1: $2 could not be had; the tests that need it are skipped" >&2
+    echo "$1" >>"$failures"
+}
+
+echo "$tools" | while read -r name package version; do
+    is_wanted "$name" || continue
     # The stamp says which version lies there, so that a new pin is installed.
     stamp=$directory/.$name
     if [ -x "$directory/$name" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$package@$version" ]; then
         continue
     fi
     echo "installing $name $version"
-    GOBIN=$directory GOFLAGS=-buildvcs=false go install "$package@$version"
-    echo "$package@$version" >"$stamp"
+    if GOBIN=$directory GOFLAGS=-buildvcs=false go install "$package@$version"; then
+        echo "$package@$version" >"$stamp"
+    else
+        failed "$name" "$package@$version"
+    fi
 done
+
+echo "$own" | while read -r name module; do
+    is_wanted "$name" || continue
+    # The go command's own cache makes this quick when nothing changed.
+    (cd "$module" && go build -buildvcs=false -o "$directory/$name" .) || failed "$name" "its dependencies"
+done
+
+echo "$cloned" | while read -r name repository tag package; do
+    is_wanted "$name" || continue
+    stamp=$directory/.$name
+    if [ -x "$directory/$name" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$repository@$tag" ]; then
+        continue
+    fi
+    sources=$(mktemp -d)
+    if git clone --quiet --depth 1 --branch "$tag" "$repository" "$sources" 2>/dev/null &&
+        (cd "$sources" && go build -buildvcs=false -o "$directory/$name" "$package"); then
+        echo "$repository@$tag" >"$stamp"
+    else
+        failed "$name" "$repository $tag"
+    fi
+    rm -rf "$sources"
+done
+
+[ ! -s "$failures" ] || [ "${CI:-}" != true ]

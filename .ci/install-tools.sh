@@ -5,7 +5,7 @@
 set -eu
 
 demo="fio libnbd-bin qemu-utils"
-all="$demo python3-libnbd nbd-client e2fsprogs user-mode-linux busybox kmod iproute2 util-linux postgresql postgresql-contrib python3-yaml shellcheck"
+all="$demo python3-libnbd nbd-client e2fsprogs xfsprogs user-mode-linux busybox kmod iproute2 util-linux postgresql postgresql-contrib python3-yaml shellcheck"
 
 case "${1:-all}" in
 demo) packages=$demo ;;

@@ -12,6 +12,7 @@ pub mod identity;
 pub mod listener;
 pub mod locks;
 pub mod metadata;
+pub mod metrics;
 pub mod mounter;
 pub mod node;
 pub mod parameters;

@@ -1,6 +1,7 @@
 //! `csi-driver`: volumes of an Ashlar cluster for Kubernetes.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -27,11 +28,7 @@ struct Arguments {
     #[arg(long, env = "ASHLAR_NODE")]
     node: Option<String>,
     /// Socket of this node's nbd-client (modes node and all).
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "/run/ashlar/nbd-client.sock"
-    )]
+    #[arg(long, value_name = "PATH", default_value = "/run/ashlar/nbd.sock")]
     nbd_socket: PathBuf,
     /// The driver's name.
     #[arg(long, default_value = "csi.ashlar.io", value_parser = identity::driver_name)]
@@ -42,6 +39,9 @@ struct Arguments {
     /// A label of this node, as `topology.kubernetes.io/zone=a` (repeatable). An empty value is passed over.
     #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
     topology_label: Vec<(String, String)>,
+    /// Serve /metrics, /healthz and /readyz on this address.
+    #[arg(long, value_name = "IP:PORT")]
+    metrics: Option<SocketAddr>,
     /// What to log: error, warn, info, debug, trace, or a filter such as `csi_driver=debug`.
     #[arg(long, env = "ASHLAR_LOG", default_value = "info")]
     log: String,
@@ -92,6 +92,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
         driver_name: arguments.driver_name,
         controller: arguments.mode != Mode::Node,
         node,
+        metrics: arguments.metrics,
     })
 }
 

@@ -126,6 +126,15 @@ impl Metadata {
         }
     }
 
+    /// Whether a member answers.
+    pub async fn answers(&self) -> bool {
+        let request = pb::GetClusterRequest {};
+        let asked = self.ask("look at the cluster", request, async |mut c, q| {
+            c.get_cluster(q).await
+        });
+        asked.await.is_ok()
+    }
+
     /// A volume by its id; None if there is none.
     pub async fn volume(&self, id: VolumeId) -> Result<Option<pb::Volume>> {
         let request = pb::GetVolumeRequest {

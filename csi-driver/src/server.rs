@@ -1,8 +1,11 @@
 //! Puts the services together on the socket.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use ashlar_platform::observe::{ObserveError, Observer};
 use tonic::transport::Server;
 
 use crate::attach::Attacher;
@@ -10,6 +13,7 @@ use crate::controller::ControllerService;
 use crate::identity::IdentityService;
 use crate::listener::{ListenError, connections, listen};
 use crate::metadata::{BadAddress, Metadata};
+use crate::metrics::{self, CountLayer};
 use crate::node::{NodeOptions, NodeService};
 use crate::rpc::controller_server::ControllerServer;
 use crate::rpc::identity_server::IdentityServer;
@@ -24,6 +28,9 @@ const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause before the node's registration is tried again.
 const REGISTER_PAUSE: Duration = Duration::from_secs(5);
 
+/// Pause between two looks at what the driver needs.
+const WATCH_PAUSE: Duration = Duration::from_secs(5);
+
 /// What is served.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -37,6 +44,8 @@ pub struct Options {
     pub controller: bool,
     /// The Node service, if it is served.
     pub node: Option<NodeConfig>,
+    /// Where to serve metrics and health over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Of the Node service.
@@ -60,6 +69,9 @@ pub enum ServeError {
     /// The path of nbd-client's socket is none.
     #[error("--nbd-socket {0}: {1}")]
     NbdSocket(PathBuf, #[source] tonic::transport::Error),
+    /// No metrics.
+    #[error(transparent)]
+    Observe(#[from] ObserveError),
     /// The server failed.
     #[error("serve: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -71,22 +83,39 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let metadata = Metadata::new(&options.metadata)?;
+    let observer = match options.metrics {
+        None => None,
+        Some(address) => {
+            let version = env!("CARGO_PKG_VERSION");
+            let observer = Observer::install("csi-driver", version, metrics::ALL)?;
+            Some((observer.serve(address).await?, observer))
+        }
+    };
     let identity = IdentityService::new(options.driver_name.clone(), options.controller);
     let controller = options
         .controller
         .then(|| ControllerService::new(metadata.clone()));
     let node = match options.node {
         None => None,
-        Some(config) => Some(node(config, metadata)?),
+        Some(config) => Some(node(config, metadata.clone())?),
     };
     let listener = listen(&options.socket).await?;
     if let Some(node) = node.clone() {
         tokio::spawn(register(node));
     }
+    if let Some((_, observer)) = &observer {
+        tokio::spawn(watch(observer.clone(), metadata, node.clone()));
+    }
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_serving::<IdentityServer<IdentityService>>()
+        .await;
     let router =
         Server::builder()
+            .layer(CountLayer)
             .max_concurrent_streams(Some(CONCURRENT_MAX))
             .http2_keepalive_interval(Some(KEEPALIVE))
+            .add_service(health_service)
             .add_service(IdentityServer::new(identity))
             .add_optional_service(controller.map(|service| {
                 ControllerServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -118,6 +147,22 @@ async fn register(node: NodeService) {
     while let Err(error) = node.register().await {
         tracing::warn!(%error, "this node is not registered yet; trying again");
         tokio::time::sleep(REGISTER_PAUSE).await;
+    }
+}
+
+/// Says whether what the driver needs answers.
+async fn watch(observer: Arc<Observer>, metadata: Metadata, node: Option<NodeService>) {
+    loop {
+        let nbd = match &node {
+            Some(node) => node.nbd_client_answers().await,
+            None => true,
+        };
+        match (metadata.answers().await, nbd) {
+            (true, true) => observer.set_ready(),
+            (false, _) => observer.set_not_ready("no metadata member answers"),
+            (_, false) => observer.set_not_ready("nbd-client of this node does not answer"),
+        }
+        tokio::time::sleep(WATCH_PAUSE).await;
     }
 }
 

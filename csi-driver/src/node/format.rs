@@ -13,6 +13,7 @@ use ashlar_proto::rpc::metadata as pb;
 use super::{Device, NodeService, Staging};
 use crate::errors::{Error, Result};
 use crate::metadata::request_id;
+use crate::metrics::step;
 use crate::mounter::filesystem::{self, Found};
 use crate::parameters::FsType;
 
@@ -108,7 +109,7 @@ impl NodeService {
         device: &Device,
         wanted: Wanted,
     ) -> Result<FsType> {
-        let found = filesystem::probe(&device.path).await?;
+        let found = step("probe", filesystem::probe(&device.path)).await?;
         let has_data = device.attachment.has_data;
         let plan = plan(&found, has_data, volume.format.as_ref(), wanted).map_err(|why| {
             tracing::error!(volume = %staging.id, name = volume.name, ?found, ?has_data, why, "volume refused");
@@ -117,7 +118,7 @@ impl NodeService {
         match plan {
             Plan::Mount(fs) => {
                 if !wanted.read_only {
-                    filesystem::check(fs, &device.path).await?;
+                    step("check", filesystem::check(fs, &device.path)).await?;
                 }
                 Ok(fs)
             }
@@ -138,7 +139,8 @@ impl NodeService {
         tracing::info!(volume = %staging.id, device = %device.display(), %fs, again, "formatting");
         self.set_format(staging, fs, pb::FormatState::Formatting)
             .await?;
-        filesystem::make(fs, device, &staging.context.mkfs_options, again).await?;
+        let options = &staging.context.mkfs_options;
+        step("format", filesystem::make(fs, device, options, again)).await?;
         self.set_format(staging, fs, pb::FormatState::Formatted)
             .await
     }

@@ -89,6 +89,11 @@ impl NodeService {
         }
     }
 
+    /// Whether nbd-client answers.
+    pub async fn nbd_client_answers(&self) -> bool {
+        self.attacher.answers().await
+    }
+
     /// The device of a volume, if it is attached and not fenced.
     async fn device(&self, id: VolumeId) -> Result<Option<Device>> {
         match self.attacher.find(id).await? {

@@ -9,6 +9,7 @@ use super::format::Wanted;
 use super::{Device, NodeService, Staging, device, is_fenced, known_id};
 use crate::controller::READ_ONLY_KEY;
 use crate::errors::{Error, Result};
+use crate::metrics::step;
 use crate::mounter::{self, MountOptions, blocking, filesystem};
 use crate::parameters::{FsType, VolumeContext};
 use crate::validate::Access;
@@ -93,7 +94,7 @@ impl NodeService {
             mounter::make_directory(&path)
         })
         .await?;
-        let device = self.attach(staging, true).await?;
+        let device = step("attach", self.attach(staging, true)).await?;
         let volume = self.metadata.require(&staging.id.to_string()).await?;
         let wanted = Wanted {
             fs: staging.fs(),
@@ -103,10 +104,11 @@ impl NodeService {
         let options = options.complete(fs, staging.read_only);
         let read_only = options.read_only();
         let (from, path) = (device.path.clone(), staging.path.clone());
-        blocking(move || mounter::mount(&from, &path, fs, &options)).await?;
+        let mounting = blocking(move || mounter::mount(&from, &path, fs, &options));
+        step("mount", mounting).await?;
         if !read_only {
             // The volume may have grown while it was not mounted.
-            filesystem::grow(fs, &device.path, &staging.path).await?;
+            step("grow", filesystem::grow(fs, &device.path, &staging.path)).await?;
         }
         tracing::info!(
             volume = %staging.id,
