@@ -6,6 +6,7 @@
 
 mod attach;
 mod cluster;
+pub mod csi;
 mod export;
 mod nbd;
 mod tools;
@@ -15,4 +16,4 @@ pub use attach::AttachNode;
 pub use cluster::{Cluster, ClusterSpec};
 pub use export::Export;
 pub use nbd::{BlockNumber, NbdClient};
-pub use tools::{binary, have, run, run_ok, wait_until};
+pub use tools::{binary, go_tool, have, run, run_ok, wait_until};

@@ -28,6 +28,21 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// The path of a program that `.ci/install-go-tools.sh` installs, whether or not it is there.
+///
+/// # Panics
+/// If the test has no path.
+pub fn go_tool(name: &str) -> String {
+    let directory = std::env::var_os("ASHLAR_GO_TOOLS").map(PathBuf::from);
+    let beside = || {
+        let exe = std::env::current_exe().expect("the test has a path");
+        let target = exe.ancestors().nth(3).expect("target/PROFILE/deps/test");
+        target.join("go-tools")
+    };
+    let path = directory.unwrap_or_else(beside).join(name);
+    path.to_string_lossy().into_owned()
+}
+
 /// Whether all these programs are installed. If not, says so loudly; under CI=true that is a failure.
 ///
 /// # Panics
