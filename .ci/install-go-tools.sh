@@ -24,13 +24,6 @@ csi-sanity     github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity  v5.6.0
 own='
 csi-client     tests/go/csi-client
 '
-# Their module path lacks the major version, so `go install` does not take the tag: built from the tagged sources.
-# name                      repository                                          tag      package
-cloned='
-csi-node-driver-registrar  https://github.com/kubernetes-csi/node-driver-registrar  v2.17.0  ./cmd/csi-node-driver-registrar
-livenessprobe              https://github.com/kubernetes-csi/livenessprobe          v2.19.0  ./cmd/livenessprobe
-'
-
 if ! command -v go >/dev/null; then
     echo "SKIPPED the Go tools: there is no go command; install Go 1.26 or newer" >&2
     [ "${CI:-}" != true ]
@@ -72,22 +65,6 @@ echo "$own" | while read -r name module; do
     is_wanted "$name" || continue
     # The go command's own cache makes this quick when nothing changed.
     (cd "$module" && go build -buildvcs=false -o "$directory/$name" .) || failed "$name" "its dependencies"
-done
-
-echo "$cloned" | while read -r name repository tag package; do
-    is_wanted "$name" || continue
-    stamp=$directory/.$name
-    if [ -x "$directory/$name" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$repository@$tag" ]; then
-        continue
-    fi
-    sources=$(mktemp -d)
-    if git clone --quiet --depth 1 --branch "$tag" "$repository" "$sources" 2>/dev/null &&
-        (cd "$sources" && go build -buildvcs=false -o "$directory/$name" "$package"); then
-        echo "$repository@$tag" >"$stamp"
-    else
-        failed "$name" "$repository $tag"
-    fi
-    rm -rf "$sources"
 done
 
 [ ! -s "$failures" ] || [ "${CI:-}" != true ]
