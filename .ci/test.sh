@@ -36,6 +36,7 @@ step() {
 }
 
 step tools .ci/install-tools.sh
+step go-tools .ci/install-go-tools.sh
 step format cargo fmt --all --check
 step clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 # The end-to-end tests start the programs that lie beside them.
