@@ -76,7 +76,6 @@ async fn disks_are_told_of_and_a_removed_one_no_more() {
         format!("ashlar_disk_failed{{{labels}}} 0"),
         format!("ashlar_disk_capacity_bytes{{{labels}}} {capacity}"),
         format!("ashlar_disk_writes_total{{{labels}}} 0"),
-        format!("ashlar_disk_incarnation{{{labels}}} 1"),
         "ashlar_storage_disks{state=\"served\"} 1".into(),
         "ashlar_storage_disks{state=\"failed\"} 1".into(),
         "ashlar_storage_disks{state=\"silent\"} 0".into(),
