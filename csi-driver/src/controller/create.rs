@@ -164,6 +164,10 @@ impl Wish {
             }
             Err(error) if error.code() == Code::NotFound => {
                 let pools = metadata.pools().await?;
+                if pools.iter().any(|p| p.name == *pool) {
+                    // Then it is the node that the volume was to be on.
+                    return Err(Error::Exhausted(error.to_string()));
+                }
                 Err(Error::invalid(
                     "parameters[pool]",
                     format!("pool {pool:?} does not exist; accepted: {}", names(&pools)),

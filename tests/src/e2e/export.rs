@@ -140,10 +140,28 @@ impl Export {
     /// Sends the process a signal.
     ///
     /// # Panics
-    /// If it is gone.
+    /// If it is gone; or, with SIGSTOP, if it has not stopped after 10 s.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("nbd-client is there");
+        if signal == Signal::STOP {
+            // Its threads stop one by one, and until then they answer.
+            wait_until("nbd-client stops", Duration::from_secs(10), || {
+                self.is_stopped().then_some(())
+            });
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        std::fs::read_dir(tasks)
+            .expect("nbd-client is there")
+            .flatten()
+            .all(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ")
+                    .is_some_and(|(_, rest)| rest.starts_with('T'))
+            })
     }
 
     /// Ends the process with SIGKILL, as a crash would.
