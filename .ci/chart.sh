@@ -103,7 +103,7 @@ refused "initialMembers" --set metadata.members=1
 refused "must name 3 nodes" --set metadata.persistence.type=hostPath
 refused "a node twice" --set 'metadata.persistence.type=hostPath,metadata.persistence.hostPath.nodes={a,a,b}'
 refused "nodeCIDRs is needed" --set networkPolicies.enabled=true
-refused "needs metrics.enabled" --set metrics.serviceMonitor.enabled=true
+refused "needs metrics.enabled" --set metrics.enabled=false,metrics.serviceMonitor.enabled=true
 refused "only one class" --values $chart/ci/full-values.yaml --set storageClasses[1].default=true,storageClasses[1].name=x,storageClasses[1].parameters.pool=a --set storageClasses[0].default=true,storageClasses[0].name=y,storageClasses[0].parameters.pool=a
 ok "misspelt keys ($(wc -l <"$out/objects") objects) and wrong values are refused, with the reason"
 
