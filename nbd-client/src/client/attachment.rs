@@ -128,6 +128,9 @@ impl Volume {
                     epoch: epoch.0,
                     clean,
                 };
+                // Closing leaves the epoch as it is. Noted before: the watch may tell of the close, and end
+                // the session, before the answer does.
+                self.closed_epoch.store(epoch.0, Ordering::Relaxed);
                 let result = self
                     .members
                     .ask("CloseVolume", |mut c| {
@@ -136,10 +139,7 @@ impl Volume {
                     })
                     .await;
                 match result {
-                    Ok(volume) => {
-                        self.closed_epoch.store(volume.epoch, Ordering::Relaxed);
-                        self.tell(SessionEvent::CloseAnswer).await;
-                    }
+                    Ok(_) => self.tell(SessionEvent::CloseAnswer).await,
                     Err(status) => self.refused("CloseVolume", &status).await,
                 }
             }
