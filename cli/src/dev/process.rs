@@ -60,6 +60,11 @@ fn parse_stat(text: &str) -> Option<ProcStat> {
     Some(ProcStat { state, start_ticks })
 }
 
+/// Whether threads besides the first one are there.
+fn has_other_threads(pid: i32) -> bool {
+    std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
+}
+
 fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .unwrap_or_default()
@@ -86,6 +91,9 @@ impl ProcessRecord {
         match read_stat(self.pid) {
             Some(stat) if stat.start_ticks == self.start_ticks && self.boot_id == boot_id() => {
                 match stat.state {
+                    // The first thread of a process that was killed may be a zombie while others still end
+                    // and hold its sockets and files.
+                    'Z' | 'X' if has_other_threads(self.pid) => Condition::Running,
                     'Z' | 'X' => Condition::Stopped,
                     'T' | 't' => Condition::Paused,
                     _ => Condition::Running,
@@ -251,6 +259,28 @@ mod tests {
         child.wait().unwrap();
         assert!(!record.signal(Signal::KILL).unwrap());
         assert_eq!(record.condition(), Condition::Stopped);
+    }
+
+    #[test]
+    fn a_process_is_there_until_its_last_thread_is_gone() {
+        // The first thread ends by the system call `exit`, the other one stays.
+        let script = "import ctypes, platform, threading, time\n\
+            threading.Thread(target=time.sleep, args=(60,)).start()\n\
+            ctypes.CDLL(None).syscall(60 if platform.machine() == 'x86_64' else 93, 0)";
+        let mut child = Command::new("python3")
+            .args(["-c", script])
+            .spawn()
+            .expect("python3 is installed (.ci/install-tools.sh)");
+        let record = ProcessRecord::of(child.id() as i32).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while read_stat(record.pid).unwrap().state != 'Z' && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
+        assert_eq!(read_stat(record.pid).unwrap().state, 'Z');
+        assert_eq!(record.condition(), Condition::Running);
+        assert!(record.signal(Signal::KILL).unwrap());
+        assert!(record.wait_gone(Instant::now() + Duration::from_secs(10)));
+        child.wait().unwrap();
     }
 
     #[test]
