@@ -2,7 +2,7 @@
 # `make test`: every step, a summary in the end, and a loud line for whatever was skipped.
 # A skipped tool is an error under CI=true. Exit: 0 only if every step passed.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
 target=${CARGO_TARGET_DIR:-target}
 mkdir -p "$target"
@@ -17,41 +17,68 @@ export ASHLAR_SKIPPED_LOG
 : >"$ASHLAR_SKIPPED_LOG"
 failed=0
 
+# One step: NAME COMMAND... Its output goes to a log of its own, its verdict to the summary.
 step() {
     name=$1
     shift
-    printf '== %s\n' "$name"
     begun=$(date +%s)
     if "$@" >"$logs/$name.log" 2>&1; then
         result=passed
     else
         result=FAILED
-        failed=1
-        tail -n 60 "$logs/$name.log"
-        echo "   (all of it: $logs/$name.log)"
+        : >"$logs/.failed"
     fi
     # What the step skipped on its own account.
     grep -h '^SKIPPED' "$logs/$name.log" >>"$ASHLAR_SKIPPED_LOG" 2>/dev/null
-    printf '%-22s %-8s %5s s\n' "$name" "$result" "$(($(date +%s) - begun))" >>"$summary"
+    line=$(printf '%-22s %-8s %5s s' "$name" "$result" "$(($(date +%s) - begun))")
+    echo "$line" | tee -a "$summary"
+    if [ "$result" = FAILED ]; then
+        tail -n 60 "$logs/$name.log"
+        echo "   (all of it: $logs/$name.log)"
+    fi
 }
+
+# Always the same selection (--workspace): another one has other features of third-party crates, and builds everything again.
+tests() {
+    # One at a time: each starts whole clusters.
+    name=$1
+    shift
+    step "$name" cargo test --workspace --locked --test "$name" -- --test-threads=1 "$@"
+}
+quiet=an_upgrade_by_hand_over_costs_less_than_a_second
+
+# Tests side by side: they wait more than they compute. Each line is a lane; what is measured in parts of a second comes after them, alone.
+lanes() {
+    (for name in e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers $others; do tests "$name"; done) &
+    (tests e2e_node --skip "$quiet"; tests e2e_csi_sanity) &
+    (for name in e2e_csi_node e2e_postgres; do tests "$name"; done) &
+    wait
+}
+known=" e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers e2e_node e2e_csi_sanity e2e_csi_node e2e_postgres "
+others=
+for test in tests/tests/*.rs; do
+    name=$(basename "$test" .rs)
+    case $known in *" $name "*) ;; *) others="$others $name" ;; esac
+done
+units=
+for test in */tests/*.rs; do
+    case $test in tests/*) ;; *) units="$units --test $(basename "$test" .rs)" ;; esac
+done
 
 step tools .ci/install-tools.sh
 step go-tools .ci/install-go-tools.sh
 step format cargo fmt --all --check
 step clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 # The end-to-end tests start the programs that lie beside them.
-step build cargo build --workspace --bins --locked
-step unit cargo test --workspace --locked --exclude ashlar-tests
-step simulation cargo test -p ashlar-tests --locked --lib
-for test in tests/tests/*.rs; do
-    name=$(basename "$test" .rs)
-    # One at a time: each starts whole clusters and looks at times.
-    step "$name" cargo test -p ashlar-tests --locked --test "$name" -- --test-threads=1
-done
+step build cargo build --workspace --all-targets --locked
+# shellcheck disable=SC2086 # a list of arguments
+step unit cargo test --workspace --locked --lib --bins $units
+lanes
+step e2e_node_quiet cargo test --workspace --locked --test e2e_node -- "$quiet"
 step chart .ci/chart.sh "$target/debug"
 
 # Planted mistakes in the protocol must be caught; they are another build of the client.
-step planted-mistakes cargo test -p ashlar-tests --locked --features planted-bugs --test sim_seeds -- planted
+step planted-mistakes cargo test --workspace --locked --features ashlar-tests/planted-bugs --test sim_seeds -- planted
 
 count() {
     # "test result: ok. 3 passed; 0 failed; ..." of every runner
@@ -72,7 +99,7 @@ if [ -s "$ASHLAR_SKIPPED_LOG" ]; then
 fi
 echo
 echo "$(count passed) passed, $(count failed) failed"
-if [ "$failed" -ne 0 ]; then
+if [ "$failed" -ne 0 ] || [ -e "$logs/.failed" ]; then
     echo "FAILED"
     exit 1
 fi
