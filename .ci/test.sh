@@ -72,7 +72,7 @@ step clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 # The end-to-end tests start the programs that lie beside them.
 step build cargo build --workspace --all-targets --locked
 # shellcheck disable=SC2086 # a list of arguments
-step unit cargo test --workspace --locked --lib --bins $units
+step unit cargo test --workspace --locked --no-fail-fast --lib --bins $units
 lanes
 step e2e_node_quiet cargo test --workspace --locked --test e2e_node -- "$quiet"
 step chart .ci/chart.sh "$target/debug"
