@@ -104,22 +104,25 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let options = options(arguments)?;
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .context("cannot start the runtime")?
-        .block_on(async {
-            let mut terminate = signal(SignalKind::terminate()).context("signals")?;
-            let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
-            let shutdown = async move {
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
-                }
-                tracing::info!("stopping");
-            };
-            serve(options, shutdown).await?;
-            Ok(())
-        })
+        .context("cannot start the runtime")?;
+    let served = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping");
+        };
+        serve(options, shutdown).await?;
+        Ok(())
+    });
+    // A program that hangs, as mkfs on a device without backend, must not hold up the end.
+    runtime.shutdown_background();
+    served
 }
