@@ -50,8 +50,8 @@ quiet=an_upgrade_by_hand_over_costs_less_than_a_second
 # Tests side by side: they wait more than they compute. Each line is a lane; what is measured in parts of a second comes after them, alone.
 lanes() {
     (for name in e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers $others; do tests "$name"; done) &
-    (tests e2e_node --skip "$quiet"; tests e2e_csi_sanity) &
-    (for name in e2e_csi_node e2e_postgres; do tests "$name"; done) &
+    (tests e2e_node --skip "$quiet"; tests e2e_csi_sanity; tests e2e_postgres) &
+    (tests e2e_csi_node; step chart .ci/chart.sh "$target/debug") &
     wait
 }
 known=" e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers e2e_node e2e_csi_sanity e2e_csi_node e2e_postgres "
@@ -73,9 +73,9 @@ step clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 step build cargo build --workspace --all-targets --locked
 # shellcheck disable=SC2086 # a list of arguments
 step unit cargo test --workspace --locked --no-fail-fast --lib --bins $units
+step documentation cargo test --workspace --locked --doc
 lanes
 step e2e_node_quiet cargo test --workspace --locked --test e2e_node -- "$quiet"
-step chart .ci/chart.sh "$target/debug"
 
 # Planted mistakes in the protocol must be caught; they are another build of the client.
 step planted-mistakes cargo test --workspace --locked --features ashlar-tests/planted-bugs --test sim_seeds -- planted
