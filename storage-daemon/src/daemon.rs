@@ -17,9 +17,9 @@ use ashlar_proto::rpc::metadata::GetClusterRequest;
 use tokio::sync::{Mutex, Notify, OnceCell};
 
 use crate::config::{NodeFile, ServeConfig};
+use crate::disk_handle::{DiskGone, DiskHandle, DiskState, DiskThreadConfig};
 use crate::engine::{AdminReply, AdminRequest, EngineStatus};
 use crate::error::{DiskError, IdentityError};
-use crate::node::{DiskGone, DiskHandle, DiskState, DiskThreadConfig};
 use crate::offline;
 use crate::rpc::MetadataAccess;
 use crate::store::StoreConfig;

@@ -5,12 +5,13 @@
 
 pub mod config;
 pub mod daemon;
+pub mod disk_handle;
 pub mod engine;
 pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod metrics;
-pub mod node;
+mod node;
 pub mod offline;
 pub mod rpc;
 pub mod store;

@@ -10,8 +10,8 @@ use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::*;
 use ashlar_proto::wire::*;
 use bytes::{Bytes, BytesMut};
+use storage_daemon::disk_handle::{DiskHandle, DiskState, DiskThreadConfig};
 use storage_daemon::engine::{AdminReply, AdminRequest};
-use storage_daemon::node::{DiskHandle, DiskState, DiskThreadConfig};
 use storage_daemon::offline::{self, FormatRequest};
 use storage_daemon::store::{StoreConfig, StoreIdentity};
 

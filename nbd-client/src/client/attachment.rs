@@ -16,7 +16,7 @@ use tonic::{Code, Status};
 
 use super::messages::ToWorker;
 use super::metadata::Members;
-use super::worker::WorkerSender;
+use super::worker_handle::WorkerSender;
 use crate::engine::{MetadataRequest, SessionEvent};
 
 /// Pause before a watch is opened again.

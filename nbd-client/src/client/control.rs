@@ -18,7 +18,7 @@ use super::attachment::Volume;
 use super::host::{Ended, OpenSpec, Phase, VolumeStatus};
 use super::messages::{FromWorker, ToWorker, VolumeSetup};
 use super::metadata::Members;
-use super::worker::WorkerSender;
+use super::worker_handle::WorkerSender;
 use crate::engine::{MetadataRequest, Session, SessionConfig, StopReason};
 
 /// Session numbers: upper 16 bits of request ids, of which one is not for sessions.

@@ -14,10 +14,10 @@ use ashlar_platform::reactor::{ConnId, ListenerId, Reactor};
 use ashlar_proto::ids::VolumeId;
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::Payload;
-use tokio::sync::oneshot;
 
 use super::engine_trait::VolumeEngine;
-use super::messages::{AskReply, Endpoint, PassedSocket, VolumeSetup};
+use super::export_end::Release;
+use super::messages::{AskReply, Endpoint, VolumeSetup};
 use super::peer::{Peer, Splitting};
 use super::requests::{Kind, Requests};
 use crate::engine::{
@@ -39,12 +39,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Marks the tags of requests of this process: slots' tags have a part number there, which stays small.
 const ASKED: u64 = 1 << 63;
 
-/// Connections that are being given back.
-struct Release {
-    passed: Vec<PassedSocket>,
-    reply: oneshot::Sender<Vec<PassedSocket>>,
-}
-
 /// A volume and its clients.
 pub(super) struct Export {
     pub index: usize,
@@ -62,15 +56,15 @@ pub(super) struct Export {
     pub deadline: Option<Time>,
     engine: Box<dyn VolumeEngine + Send>,
     /// Clients that connected before the volume was open.
-    waiting: VecDeque<ConnId>,
-    peers: BTreeMap<ConnId, Peer>,
+    pub(super) waiting: VecDeque<ConnId>,
+    pub(super) peers: BTreeMap<ConnId, Peer>,
     stalled: VecDeque<ConnId>,
-    dirty: Vec<ConnId>,
+    pub(super) dirty: Vec<ConnId>,
     handshakes: VecDeque<(Time, ConnId)>,
     /// Shutting down: no request is taken any more, connections end when theirs are done.
-    draining: Option<Time>,
-    close_asked: bool,
-    release: Option<Release>,
+    pub(super) draining: Option<Time>,
+    pub(super) close_asked: bool,
+    pub(super) release: Option<Release>,
     /// Requests of this process, by tag.
     asked: BTreeMap<u64, AskReply>,
     asked_count: u64,
@@ -223,42 +217,6 @@ impl Export {
         self.asked.insert(tag, reply);
         let event = SessionEvent::Client(ClientRequest { tag, op });
         self.engine.step(now, event, &mut self.commands);
-    }
-
-    /// Gives all connections back, each as soon as nothing of it is under way.
-    pub fn release(&mut self, reply: oneshot::Sender<Vec<PassedSocket>>, reactor: &mut Reactor) {
-        self.release = Some(Release {
-            passed: Vec::new(),
-            reply,
-        });
-        for (conn, peer) in &mut self.peers {
-            if !peer.is_amid_request() {
-                reactor.pause_receive(*conn);
-            }
-            if !peer.dirty {
-                peer.dirty = true;
-                self.dirty.push(*conn);
-            }
-        }
-        self.finish_release();
-    }
-
-    /// The reactor has given a connection's socket back.
-    pub fn released(&mut self, conn: ConnId, passed: PassedSocket) {
-        // First, for the release ends with the last peer.
-        if let Some(release) = &mut self.release {
-            release.passed.push(passed);
-        }
-        self.closed(conn);
-    }
-
-    fn finish_release(&mut self) {
-        if self.peers.is_empty()
-            && let Some(release) = self.release.take()
-        {
-            // Nobody takes them: they are closed.
-            let _ = release.reply.send(release.passed);
-        }
     }
 
     /// The volume is open: clients that wait are greeted.
@@ -538,89 +496,5 @@ impl Export {
             peer.dirty = true;
             self.dirty.push(conn);
         }
-    }
-
-    /// A connection is gone.
-    pub fn closed(&mut self, conn: ConnId) {
-        self.waiting.retain(|c| *c != conn);
-        if let Some(peer) = self.peers.remove(&conn) {
-            for slot in [peer.writing, peer.splitting.map(|s| s.slot())]
-                .into_iter()
-                .flatten()
-            {
-                self.requests.abandon(slot);
-            }
-        }
-        self.finish_release();
-    }
-
-    fn drop_peer(&mut self, conn: ConnId, reactor: &mut Reactor) {
-        self.closed(conn);
-        self.gone.push(conn);
-        reactor.close(conn);
-    }
-
-    fn drop_all(&mut self, reactor: &mut Reactor) {
-        let conns: Vec<ConnId> = self.peers.keys().chain(&self.waiting).copied().collect();
-        for conn in conns {
-            self.drop_peer(conn, reactor);
-        }
-    }
-
-    /// Shuts down: no new requests; those under way are answered until `until`.
-    pub fn drain(&mut self, until: Time, reactor: &mut Reactor) {
-        if self.draining.is_some() {
-            return;
-        }
-        self.draining = Some(until);
-        self.close_listener(reactor);
-        while let Some(conn) = self.waiting.front().copied() {
-            self.drop_peer(conn, reactor);
-        }
-        let peers: Vec<(ConnId, Option<u32>, Option<u32>)> = self
-            .peers
-            .iter_mut()
-            .map(|(conn, peer)| {
-                let splitting = peer.splitting.take().map(|s| s.slot());
-                (*conn, peer.writing.take(), splitting)
-            })
-            .collect();
-        for (conn, writing, splitting) in peers {
-            reactor.pause_receive(conn);
-            // A request of which parts are missing will never be answered: its connection ends without.
-            if writing.is_some() || splitting.is_some() {
-                self.requests.abandon_all([writing, splitting]);
-                self.drop_peer(conn, reactor);
-            } else if let Some(peer) = self.peers.get_mut(&conn)
-                && !peer.dirty
-            {
-                peer.dirty = true;
-                self.dirty.push(conn);
-            }
-        }
-    }
-
-    /// While shutting down: whether the engine is now to be closed (true once).
-    pub fn wants_close(&mut self) -> bool {
-        let ready = self.draining.is_some() && self.peers.is_empty() && !self.close_asked;
-        self.close_asked |= ready;
-        ready
-    }
-
-    fn close_listener(&mut self, reactor: &mut Reactor) {
-        if let Some(listener) = self.listener.take() {
-            reactor.close_listener(listener);
-            if let Endpoint::Unix(path) = &self.endpoint
-                && let Err(error) = std::fs::remove_file(path)
-            {
-                tracing::warn!(path = %path.display(), %error, "cannot remove a socket file");
-            }
-        }
-    }
-
-    /// The engine has stopped: every connection is dropped without a reply.
-    pub fn stop(&mut self, reactor: &mut Reactor) {
-        self.close_listener(reactor);
-        self.drop_all(reactor);
     }
 }

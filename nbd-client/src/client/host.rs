@@ -17,7 +17,7 @@ use super::control::{Control, Open};
 use super::messages::{Endpoint, PassedSocket, ToWorker};
 use super::metadata::{BadAddress, Members};
 use super::stats::{Statistics, collect_stats};
-use super::worker::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};
+use super::worker_handle::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};
 use crate::engine::{ClientError, ClientOp, ClientReply};
 
 /// Messages from workers that may wait for the control task.

@@ -1,7 +1,8 @@
 //! Threads, connections and metadata access around the session engine and the NBD codec.
 //!
 //! - `worker`: one reactor thread; owns its volumes, their NBD connections and its replica connections.
-//! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `peer`: one client.
+//! - `export`: one volume on a worker: engine, listener, NBD peers, back-pressure. `export_end`: how its
+//!   connections end. `peer`: one client.
 //!   `requests`: the NBD requests under way.
 //! - `links`: the worker's connections to disks, shared by its volumes.
 //! - `host`: the volumes of a process, opened and closed at any time. `control`: the task behind it, which
@@ -18,6 +19,7 @@ mod attachment;
 mod control;
 mod engine_trait;
 mod export;
+mod export_end;
 mod host;
 mod links;
 mod messages;
@@ -27,6 +29,7 @@ mod requests;
 mod serve;
 pub mod stats;
 mod worker;
+mod worker_handle;
 
 pub use engine_trait::VolumeEngine;
 pub use host::{
@@ -34,4 +37,4 @@ pub use host::{
 };
 pub use messages::{AskReply, Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
 pub use serve::{Outcome, ServeConfig, ServeError, VolumeSpec, serve};
-pub use worker::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};
+pub use worker_handle::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use super::export::Export;
 use super::links::Links;
 use super::messages::ToWorker;
-use super::worker::WorkerSender;
+use super::worker_handle::WorkerSender;
 
 /// Longest command line.
 const COMMAND_MAX: u64 = 256;

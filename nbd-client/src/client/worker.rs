@@ -7,13 +7,11 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ashlar_platform::clock::{self, Time};
-use ashlar_platform::reactor::{ConnId, Event, ListenerId, Reactor, ReactorConfig, Waker};
-use ashlar_proto::ids::{ClientId, VolumeId};
+use ashlar_platform::reactor::{ConnId, Event, ListenerId, Reactor};
+use ashlar_proto::ids::VolumeId;
 use rustc_hash::FxHashMap;
 use tokio::sync::mpsc;
 
@@ -21,101 +19,14 @@ use super::export::Export;
 use super::links::{LinkOutput, Links};
 use super::messages::{Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
 use super::stats::{VolumeStats, volume_stats};
+use super::worker_handle::WorkerConfig;
 use crate::engine::{SessionCommand, SessionEvent};
 
-/// Messages that may wait for a worker.
-const INBOX_MAX: usize = 1024;
 /// How soon messages for a full control channel are tried again.
 const OUTBOX_RETRY: Duration = Duration::from_millis(10);
 
-/// Settings of a worker.
-#[derive(Clone, Debug)]
-pub struct WorkerConfig {
-    /// Names the worker in messages.
-    pub number: usize,
-    /// This client process.
-    pub client: ClientId,
-    /// At shutdown, time for requests under way to be answered.
-    pub drain_timeout: Duration,
-    /// Where daemons on this machine have a unix socket per disk.
-    pub local_sockets: Option<PathBuf>,
-}
-
-/// A running worker.
-pub struct WorkerHandle {
-    inbox: mpsc::Sender<ToWorker>,
-    waker: Waker,
-    /// Ends when the worker has shut down.
-    pub thread: JoinHandle<io::Result<()>>,
-}
-
-/// Sends to a worker.
-#[derive(Clone)]
-pub struct WorkerSender {
-    inbox: mpsc::Sender<ToWorker>,
-    waker: Waker,
-}
-
-impl WorkerHandle {
-    /// A way to send to the worker.
-    pub fn sender(&self) -> WorkerSender {
-        WorkerSender {
-            inbox: self.inbox.clone(),
-            waker: self.waker.clone(),
-        }
-    }
-}
-
-impl WorkerSender {
-    /// Sends a message, waiting while the worker's inbox is full. False if the worker has ended.
-    pub async fn send(&self, message: ToWorker) -> bool {
-        let sent = self.inbox.send(message).await.is_ok();
-        self.waker.wake();
-        sent
-    }
-
-    /// As [`Self::send`], from a thread without runtime.
-    pub fn blocking_send(&self, message: ToWorker) -> bool {
-        let sent = self.inbox.blocking_send(message).is_ok();
-        self.waker.wake();
-        sent
-    }
-}
-
-/// Starts a worker; its messages go to `control`.
-///
-/// # Errors
-/// If there is no thread or no io_uring to be had.
-pub fn spawn_worker(
-    config: WorkerConfig,
-    control: mpsc::Sender<FromWorker>,
-) -> io::Result<WorkerHandle> {
-    let (inbox, receiver) = mpsc::channel(INBOX_MAX);
-    let (started, start) = std::sync::mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new()
-        .name(format!("worker-{}", config.number))
-        .spawn(move || {
-            let reactor = match Reactor::new(ReactorConfig::default()) {
-                Ok(reactor) => reactor,
-                Err(error) => {
-                    let _ = started.send(Err(error));
-                    return Ok(());
-                }
-            };
-            let _ = started.send(Ok(reactor.waker()));
-            Worker::new(config, reactor, receiver, control).run()
-        })?;
-    let waker = start
-        .recv()
-        .map_err(|_| io::Error::other("the worker ended at once"))??;
-    Ok(WorkerHandle {
-        inbox,
-        waker,
-        thread,
-    })
-}
-
-struct Worker {
+/// The thread's state.
+pub(super) struct Worker {
     config: WorkerConfig,
     reactor: Reactor,
     inbox: mpsc::Receiver<ToWorker>,
@@ -139,7 +50,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(
+    pub(super) fn new(
         config: WorkerConfig,
         reactor: Reactor,
         inbox: mpsc::Receiver<ToWorker>,
@@ -168,7 +79,8 @@ impl Worker {
         }
     }
 
-    fn run(mut self) -> io::Result<()> {
+    /// Runs until it is told to shut down, or nobody can tell it anything any more.
+    pub(super) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::new();
         loop {
             let deadline = self.deadline();
