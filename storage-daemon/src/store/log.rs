@@ -4,7 +4,8 @@
 //! - `tail batch .. head` is one contiguous circular run of `used` bytes; a batch never wraps.
 //! - Batches complete in order: `completed` is the highest such that it and all before it are on the
 //!   device, redirected data included. Acknowledgements follow `completed`.
-//! - A batch is written durably only when all before it are durable; then it is, once it completes.
+//! - A batch is written durably only when all before it are durable and it names no fresh pages; then it is
+//!   durable once it completes.
 //! - `durable <= completed`; `marker <= durable` is the highest claim that a durable batch carries.
 //! - What clients ask leaves `reserve` bytes free: write-back's own records always fit.
 
@@ -17,7 +18,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::api::StoreReply;
-use crate::format::{BatchHeader, Record, encode_batch};
+use crate::format::{BatchHeader, Record, RecordKind, encode_batch};
 
 /// Most bytes of records in one batch's header (far below what the format allows).
 pub(super) const RECORD_BYTES_MAX: usize = 128 * 1024;
@@ -234,10 +235,12 @@ impl Log {
         );
         let sequence = self.next_sequence;
         // Somebody waits for a sync, and everything that recovery needs before this batch is durable: one
-        // durable write does what a write and a sync would.
+        // durable write does what a write and a sync would. A fresh page is on the device before the batch closes
+        // as often as not, but only a sync makes it last.
+        let has_pages = |r: &Record| matches!(r.kind, RecordKind::Redirect { .. });
         let durable = self.durable == self.last_sequence
-            && open.redirects == 0
-            && open.acks.iter().any(|a| a.durable);
+            && open.acks.iter().any(|a| a.durable)
+            && !open.records.iter().any(has_pages);
         let header = BatchHeader {
             sequence,
             previous_sequence: self.last_sequence,
@@ -359,7 +362,7 @@ impl Log {
         let pages = records
             .filter(|r| r.replica == replica)
             .filter_map(|r| match r.kind {
-                crate::format::RecordKind::Redirect { physical, .. } => Some(physical),
+                RecordKind::Redirect { physical, .. } => Some(physical),
                 _ => None,
             });
         pages.collect()
