@@ -45,6 +45,18 @@ impl FromStr for DataListen {
     }
 }
 
+/// Whether space that becomes free is given back to the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
+pub enum DiscardPolicy {
+    /// To block devices, and to files that have holes; a file that was allocated in full stays so.
+    #[default]
+    Auto,
+    /// Always; disks that take no discards are noticed.
+    On,
+    /// Never.
+    Off,
+}
+
 /// A label, `key=value`.
 pub fn parse_label(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
@@ -76,6 +88,8 @@ pub struct ServeConfig {
     pub disks: Vec<PathBuf>,
     /// Cache of page metadata per disk, in bytes.
     pub cache_bytes: usize,
+    /// What becomes of free space.
+    pub discard: DiscardPolicy,
 }
 
 impl ServeConfig {

@@ -251,6 +251,7 @@ impl Daemon {
             path: path.to_owned(),
             listen: SocketAddr::new(self.config.data_listen.ip, entry.port.unwrap_or(0)),
             local_sockets: self.config.local_sockets.clone(),
+            discard: self.config.discard,
             store: StoreConfig {
                 cache_bytes: self.config.cache_bytes,
                 ..StoreConfig::default()

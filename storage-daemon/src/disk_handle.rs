@@ -15,6 +15,7 @@ use std::time::Duration;
 use ashlar_platform::reactor::Waker;
 use tokio::sync::{oneshot, watch};
 
+use crate::config::DiscardPolicy;
 use crate::engine::{AdminReply, AdminRequest};
 use crate::error::DiskError;
 use crate::node::DiskThread;
@@ -33,6 +34,8 @@ pub struct DiskThreadConfig {
     pub listen: SocketAddr,
     /// Where to listen on a unix socket as well, `DISK-ID.sock` in this directory.
     pub local_sockets: Option<PathBuf>,
+    /// What becomes of free space.
+    pub discard: DiscardPolicy,
     /// The store's bounds.
     pub store: StoreConfig,
 }

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use ashlar_platform::observe::Observer;
 use ashlar_proto::rpc::daemon::storage_daemon_server::StorageDaemonServer;
 use clap::{Args, Parser, Subcommand};
-use storage_daemon::config::{DataListen, NodeFile, ServeConfig, parse_label};
+use storage_daemon::config::{DataListen, DiscardPolicy, NodeFile, ServeConfig, parse_label};
 use storage_daemon::daemon::Daemon;
 use storage_daemon::rpc::{AdminService, MetadataAccess, observe, register_and_report};
 use storage_daemon::{inspect, metrics, offline};
@@ -81,6 +81,10 @@ struct Serve {
     /// Cache of page metadata per disk, in MiB.
     #[arg(long, default_value_t = 128)]
     cache_mib: usize,
+    /// Give space that becomes free back to the device (TRIM, UNMAP; holes in files). `auto`: to block devices and
+    /// to files that have holes.
+    #[arg(long, value_enum, default_value_t)]
+    discard: DiscardPolicy,
 }
 
 #[derive(Args)]
@@ -210,6 +214,7 @@ fn serve(arguments: Serve) -> anyhow::Result<()> {
         local_sockets: arguments.local_sockets,
         disks,
         cache_bytes: arguments.cache_mib << 20,
+        discard: arguments.discard,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)

@@ -181,6 +181,13 @@ pub const SYNCS: Metric = Metric::counter(
     DISK,
     "Syncs (fdatasync) of the disk",
 );
+/// Bytes of free space given back to the device.
+pub const DISCARDED_BYTES: Metric = Metric::counter(
+    "ashlar_disk_discarded_bytes_total",
+    Unit::Bytes,
+    DISK,
+    "Bytes of free space given back to the device by discards",
+);
 /// Batches written to the log.
 pub const LOG_BATCHES: Metric = Metric::counter(
     "ashlar_disk_log_batches_total",
@@ -302,6 +309,7 @@ pub const ALL: &[Metric] = &[
     BAD_BLOCKS,
     REPAIRED_BLOCKS,
     SYNCS,
+    DISCARDED_BYTES,
     LOG_BATCHES,
     WRITE_BACKS,
     CACHE_HITS,

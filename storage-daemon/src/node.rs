@@ -23,6 +23,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use tokio::sync::{oneshot, watch};
 
+use crate::config::DiscardPolicy;
 use crate::disk_handle::{Control, DiskState, DiskThreadConfig};
 use crate::engine::{
     AdminReply, AdminRequest, ChunkStore, ConnectionId, DiskEngine, EngineCommand, EngineEvent,
@@ -91,8 +92,17 @@ impl DiskThread {
             Reactor::new(ReactorConfig::default()).map_err(io("make an io_uring for"))?;
         let boot_id = ashlar_platform::boot_id().map_err(io("read the boot id for"))?;
         let size = file.size();
+        let discards = match config.discard {
+            DiscardPolicy::On => true,
+            DiscardPolicy::Off => false,
+            DiscardPolicy::Auto => {
+                file.is_block_device() || file.is_sparse().map_err(io("look at"))?
+            }
+        };
         let disk = reactor.add_disk(file);
-        let store = Store::open(config.store, size, boot_id, reactor.now());
+        let mut bounds = config.store;
+        bounds.discard_after = bounds.discard_after.filter(|_| discards);
+        let store = Store::open(bounds, size, boot_id, reactor.now());
         Ok(Self {
             path,
             listen: config.listen,

@@ -10,6 +10,7 @@ use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::*;
 use ashlar_proto::wire::*;
 use bytes::{Bytes, BytesMut};
+use storage_daemon::config::DiscardPolicy;
 use storage_daemon::disk_handle::{DiskHandle, DiskState, DiskThreadConfig};
 use storage_daemon::engine::{AdminReply, AdminRequest};
 use storage_daemon::offline::{self, FormatRequest};
@@ -34,7 +35,12 @@ fn start(path: &Path, port: u16) -> (DiskHandle, StoreIdentity, SocketAddr) {
         local_sockets: None,
         path: path.to_owned(),
         listen: SocketAddr::from(([127, 0, 0, 1], port)),
-        store: StoreConfig::default(),
+        discard: DiscardPolicy::On,
+        store: StoreConfig {
+            idle_write_back: Duration::from_millis(100),
+            discard_after: Some(Duration::from_millis(100)),
+            ..StoreConfig::default()
+        },
     })
     .unwrap();
     let begin = Instant::now();
@@ -522,4 +528,52 @@ fn a_target_pulls_what_differs_from_a_source_over_tcp() {
         replicas[0].pull.unwrap().blocks_moved,
         progress.blocks_moved
     );
+}
+
+/// Bytes that a file takes on its file system.
+fn allocated(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    // In units of 512 bytes (stat(2)).
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn space_that_is_trimmed_goes_back_to_the_file_system_and_is_used_again() {
+    const MIB: u64 = 1 << 20;
+    let mut disk = Disk::new();
+    let mut client = disk.client();
+    client.fence(1, true, 0).unwrap();
+    let blocks = (MIB as usize) / BLOCK_SIZE;
+    for i in 0..16 {
+        client.write(1, i + 1, i as u32 * blocks as u32, &pattern(i, blocks));
+    }
+    client.flush(1, Version::ZERO);
+    let before = allocated(&disk.path);
+    for (chunk, sequence) in [(0, 17), (1, 18), (2, 19)] {
+        let trim = Trim {
+            range: BlockRange::new(ChunkIndex(chunk), 0, 1024).unwrap(),
+            snapshot: SnapshotNumber(0),
+            version: Version::new(1, sequence),
+            durable: false,
+        };
+        let answer = client.ask(1, RequestBody::Trim(trim));
+        assert!(matches!(answer, Ok(ReplyBody::Written(_))), "{answer:?}");
+    }
+    client.flush(1, Version::ZERO);
+    let begin = Instant::now();
+    while allocated(&disk.path) + 11 * MIB > before {
+        assert!(begin.elapsed() < PATIENCE, "12 MiB were trimmed");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // What was not trimmed is there, and what was can be written again; also after a crash.
+    assert_eq!(client.read(1, 12 * 256, 256), pattern(12, blocks));
+    client.write(1, 20, 0, &pattern(100, blocks));
+    client.flush(1, Version::ZERO);
+    disk.kill_and_reopen();
+    let mut client = disk.client();
+    client.fence(1, false, 0).unwrap();
+    assert_eq!(client.read(1, 0, 256), pattern(100, blocks));
+    assert_eq!(client.read(1, 256, 256), vec![0; MIB as usize]);
+    assert_eq!(client.read(1, 15 * 256, 256), pattern(15, blocks));
+    disk.stop();
 }

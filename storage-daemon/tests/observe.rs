@@ -48,6 +48,7 @@ async fn disks_are_told_of_and_a_removed_one_no_more() {
         local_sockets: None,
         disks: Vec::new(),
         cache_bytes: 1 << 20,
+        discard: storage_daemon::config::DiscardPolicy::Off,
     };
     let file = NodeFile::open(&config.data_dir).unwrap();
     let access = MetadataAccess::new(&members).unwrap();

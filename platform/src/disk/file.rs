@@ -229,6 +229,16 @@ impl DiskFile {
         self.memory_alignment
     }
 
+    /// Whether the file has holes: it takes less room on its file system than its size. False for devices.
+    ///
+    /// # Errors
+    /// Those of fstat.
+    pub fn is_sparse(&self) -> io::Result<bool> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        // st_blocks counts units of 512 bytes whatever the file system's own (stat(2)).
+        Ok(!self.block_device && (stat.st_blocks as u64).saturating_mul(512) < self.size)
+    }
+
     /// Whether this is a block device rather than a file.
     #[must_use]
     pub fn is_block_device(&self) -> bool {

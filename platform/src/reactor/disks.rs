@@ -193,7 +193,7 @@ impl Operation {
                         disk.discard_by_fallocate = true;
                         return Next::Continue;
                     }
-                    return self.finish(Ok(()));
+                    return self.finish(Err(io::ErrorKind::Unsupported.into()));
                 }
                 _ => return self.finish(Err(error)),
             },

@@ -114,6 +114,8 @@ pub struct DiskStats {
     pub writes: u64,
     /// Syncs completed without error.
     pub syncs: u64,
+    /// Discards completed.
+    pub discards: u64,
     /// Operations completed with an error.
     pub errors: u64,
 }
@@ -164,15 +166,8 @@ impl Image {
         out.freeze()
     }
 
-    /// Only whole blocks are given back; a partial one is kept (as a device may do).
-    fn discard(&mut self, offset: u64, length: u64) {
-        let first = offset.div_ceil(BLOCK);
-        let end = (offset + length) / BLOCK;
-        if first < end {
-            let mut rest = self.blocks.split_off(&first);
-            let mut tail = rest.split_off(&end);
-            self.blocks.append(&mut tail);
-        }
+    fn forget(&mut self, block: u64) {
+        self.blocks.remove(&block);
     }
 
     fn flip(&mut self, offset: u64, bit: u8) {
@@ -374,8 +369,10 @@ impl SimDisk {
     /// The process that used the disk died; the machine lives.
     pub fn crash_process(&mut self) {
         for operation in std::mem::take(&mut self.in_flight).into_values() {
-            if let Operation::Write { offset, data, .. } = operation.operation {
-                self.apply_in_part(offset, &data, BLOCK);
+            match operation.operation {
+                Operation::Write { offset, data, .. } => self.apply_in_part(offset, &data, BLOCK),
+                Operation::Discard { offset, length } => self.discard(offset, length),
+                Operation::Read { .. } | Operation::Sync { .. } => {}
             }
         }
         self.due.clear();
@@ -385,6 +382,11 @@ impl SimDisk {
     pub fn power_cut(&mut self, how: PowerCut) {
         self.due.clear();
         let under_way = std::mem::take(&mut self.in_flight);
+        for operation in under_way.values() {
+            if let Operation::Discard { offset, length } = operation.operation {
+                self.discard(offset, length);
+            }
+        }
         let cache = std::mem::take(&mut self.cache);
         let style = match how {
             PowerCut::Random => self.rng.below(8),
@@ -465,14 +467,31 @@ impl SimDisk {
             Operation::Sync { covers } => self.sync(covers),
             Operation::Discard { offset, length } => {
                 self.check(offset, length)?;
-                // Durable at once: a discarded range may hold anything afterwards, and a store must not
-                // discard what it may need after a power cut.
-                self.cache.retain(|w| {
-                    w.offset < offset || w.offset + w.data.len() as u64 > offset + length
-                });
-                self.visible.discard(offset, length);
-                self.durable.discard(offset, length);
+                self.discard(offset, length);
+                self.stats.discards += 1;
                 Ok(Bytes::new())
+            }
+        }
+    }
+
+    /// Durable at once: a discarded range may hold anything afterwards, and a store must not discard what it may
+    /// need after a power cut. Block by block it is zeros, what it was, or something else; a block in part
+    /// stays what it was, as a device may do.
+    fn discard(&mut self, offset: u64, length: u64) {
+        self.cache
+            .retain(|w| w.offset < offset || w.offset + w.data.len() as u64 > offset + length);
+        for block in offset.div_ceil(BLOCK)..(offset + length) / BLOCK {
+            match self.rng.below(3) {
+                0 => {}
+                1 => {
+                    self.visible.forget(block);
+                    self.durable.forget(block);
+                }
+                _ => {
+                    let garbage = Bytes::from(vec![self.rng.below(256) as u8; BLOCK as usize]);
+                    self.visible.write(block * BLOCK, &garbage);
+                    self.durable.write(block * BLOCK, &garbage);
+                }
             }
         }
     }

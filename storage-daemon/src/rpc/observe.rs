@@ -60,6 +60,7 @@ fn collect_disk(report: &DiskReport, scrape: &Scrape) {
     set(&metrics::PULLED_BLOCKS, counters.pull_blocks.into());
     set(&metrics::REPAIRED_BLOCKS, store.repaired_blocks.into());
     set(&metrics::SYNCS, store.syncs.into());
+    set(&metrics::DISCARDED_BYTES, store.discarded_bytes.into());
     set(&metrics::LOG_BATCHES, store.batches.into());
     set(&metrics::WRITE_BACKS, store.write_backs.into());
     set(&metrics::CACHE_HITS, store.cache_hits.into());
@@ -122,6 +123,7 @@ mod tests {
                     replicas: 206,
                     batches: 207,
                     syncs: 208,
+                    discarded_bytes: 214,
                     write_backs: 209,
                     repaired_blocks: 210,
                     queued_requests: 211,
@@ -176,6 +178,7 @@ mod tests {
             ("replicas", 206),
             ("log_batches_total", 207),
             ("syncs_total", 208),
+            ("discarded_bytes_total", 214),
             ("write_backs_total", 209),
             ("bad_blocks_repaired_total", 210),
             ("queued_requests", 211),

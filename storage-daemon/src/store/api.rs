@@ -64,6 +64,8 @@ pub struct StoreConfig {
     pub idle_write_back: Duration,
     /// Make the marker of the last flush durable after this long without another batch.
     pub marker_delay: Duration,
+    /// Discard pages that stay free for this long (at most twice as long); `None`: never.
+    pub discard_after: Option<Duration>,
 }
 
 impl Default for StoreConfig {
@@ -78,6 +80,7 @@ impl Default for StoreConfig {
             write_back_percent: 50,
             idle_write_back: Duration::from_millis(2000),
             marker_delay: Duration::from_millis(20),
+            discard_after: Some(Duration::from_secs(5)),
         }
     }
 }
@@ -369,6 +372,8 @@ pub struct StoreStats {
     pub redirected_pages: u64,
     /// Blocks read.
     pub read_blocks: u64,
+    /// Bytes of free pages given back to the device.
+    pub discarded_bytes: u64,
     /// fdatasyncs.
     pub syncs: u64,
     /// Write-back bursts.

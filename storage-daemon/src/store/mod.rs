@@ -9,6 +9,7 @@
 //! | `writeback`, `burst` | from the log to the home pages |
 //! | `recovery`, `recovery_log`, `replay` | opening a disk |
 //! | `space` | high-water mark, pages given back later |
+//! | `discard` | free pages given back to the device |
 //!
 //! Invariants (each file has its own):
 //! - A write is answered after its batch and all earlier ones are on the device, and its pages too.
@@ -22,6 +23,7 @@ mod api;
 mod burst;
 mod cache;
 mod descriptors;
+mod discard;
 mod index;
 mod listing;
 mod log;
@@ -78,6 +80,7 @@ enum Target {
     Recovery(u64),
     /// A repair that an opening writes.
     Fix,
+    Discard,
 }
 
 /// A request that waits for something.
@@ -119,6 +122,7 @@ pub struct Store {
     admin: descriptors::AdminState,
     burst: writeback::BurstState,
     space: space::SpaceState,
+    discard: discard::DiscardState,
     io: FxHashMap<u64, Target>,
     next_token: u64,
     /// Requests that wait for room in the log, in order.
@@ -162,6 +166,7 @@ impl Store {
             admin: descriptors::AdminState::default(),
             burst: writeback::BurstState::default(),
             space: space::SpaceState::default(),
+            discard: discard::DiscardState::default(),
             io: FxHashMap::default(),
             next_token: 0,
             queue: VecDeque::new(),
@@ -209,7 +214,10 @@ impl Store {
             && self.log.open.is_empty()
             && self.admin.is_idle();
         let idle = quiet.then(|| self.last_write.after(self.config.idle_write_back));
-        [idle, self.marker_deadline].into_iter().flatten().min()
+        [idle, self.marker_deadline, self.discard.age_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Whether requests are served.
@@ -346,6 +354,9 @@ impl Store {
         if matches!(self.phase, Phase::Failed(_) | Phase::Closed) {
             return;
         }
+        if let Target::Discard = target {
+            return self.on_discarded(completion.result.map(drop));
+        }
         let is_write = !matches!(
             target,
             Target::Read { .. } | Target::Sector(_) | Target::BurstRead(_) | Target::Recovery(_)
@@ -379,6 +390,8 @@ impl Store {
             Target::HighWater => self.on_high_water_written(out),
             Target::Recovery(id) => self.on_recovery(id, bytes, out),
             Target::Fix => self.on_fix_written(),
+            // Its errors are its own: see `on_disk`.
+            Target::Discard => {}
         }
     }
 
@@ -461,6 +474,7 @@ impl Store {
                 self.check_marker(out);
                 self.pump_burst(out);
                 self.raise_high_water(out);
+                self.pump_discard(out);
                 self.start_admin(out);
                 self.drain_queue(out);
                 while self.submit_batch(out) && !self.queue.is_empty() {

@@ -59,7 +59,11 @@ pub struct TestDisk {
     pub fail_syncs: bool,
     pub unreadable: Vec<std::ops::Range<u64>>,
     pub ios: u64,
+    pub discards: u64,
 }
+
+/// What a discarded range reads as.
+const DISCARDED: u8 = 0xdb;
 
 impl TestDisk {
     pub fn formatted(options: &FormatOptions) -> Self {
@@ -151,10 +155,21 @@ impl TestDisk {
                     result: Ok(Bytes::new()),
                 }
             }
-            DiskCommand::Discard { token, .. } => DiskCompletion {
+            DiskCommand::Discard {
                 token,
-                result: Ok(Bytes::new()),
-            },
+                offset,
+                length,
+            } => {
+                // What is there afterwards is nobody's business: something that no checksum matches.
+                self.discards += 1;
+                let range = offset as usize..(offset + length) as usize;
+                self.current[range.clone()].fill(DISCARDED);
+                self.durable[range].fill(DISCARDED);
+                DiskCompletion {
+                    token,
+                    result: Ok(Bytes::new()),
+                }
+            }
         }
     }
 
@@ -203,6 +218,9 @@ impl TestDisk {
         let completed = self.volatile.iter().filter(|_| volatile).cloned();
         let flying = self.in_flight.iter().filter_map(|(c, _)| match c {
             DiskCommand::Write { offset, data, .. } => Some((*offset, Self::bytes_of(data))),
+            DiskCommand::Discard { offset, length, .. } => {
+                Some((*offset, vec![DISCARDED; *length as usize]))
+            }
             _ => None,
         });
         let seed = match cut {
@@ -247,6 +265,8 @@ pub fn config() -> StoreConfig {
         batches_in_flight_max: 3,
         write_back_burst_bytes: 64 << 10,
         write_back_percent: 30,
+        // A few completions: most discards meet other work.
+        discard_after: Some(std::time::Duration::from_micros(50)),
         ..StoreConfig::default()
     }
 }

@@ -211,6 +211,7 @@ fn small_store() -> StoreConfig {
         batch_bytes_max: 64 << 10,
         write_back_burst_bytes: 128 << 10,
         idle_write_back: Duration::from_millis(400),
+        discard_after: Some(Duration::from_millis(100)),
         ..StoreConfig::default()
     }
 }
