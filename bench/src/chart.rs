@@ -43,7 +43,7 @@ pub fn draw(rows: &[Row], subtitle: &str, path: &Path) -> Result<()> {
             colour.filled(),
         ))
         .map_err(failed)?;
-        text(row.title, (20, top + 7), 14)?;
+        text(&row.title, (20, top + 7), 14)?;
         let value = format!(
             "{ratio:.2} ({} {})  {}",
             number(row.ashlar),

@@ -214,14 +214,41 @@ impl Server {
         Ok(server)
     }
 
+    /// `csi-driver --mode controller` on a socket.
+    pub fn csi_controller(cluster: &Cluster, socket: &Path, log: &Path) -> Result<Self> {
+        let _ = std::fs::remove_file(socket);
+        let arguments = [
+            "--mode".to_owned(),
+            "controller".into(),
+            "--metadata".into(),
+            cluster.metadata.clone(),
+            "--endpoint".into(),
+            format!("unix://{}", socket.display()),
+        ];
+        let mut server = Self::start(&program("csi-driver")?, &arguments, log)?;
+        server.wait_for(socket, Duration::from_secs(20), |s| {
+            UnixStream::connect(s).is_ok()
+        })?;
+        Ok(server)
+    }
+
     /// Waits until the socket greets as an NBD server does.
     pub fn wait_nbd(&mut self, socket: &Path, limit: Duration) -> Result<()> {
+        self.wait_for(socket, limit, greets)
+    }
+
+    fn wait_for(
+        &mut self,
+        socket: &Path,
+        limit: Duration,
+        serves: fn(&Path) -> bool,
+    ) -> Result<()> {
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait()? {
                 bail!("{} ended with {status}: {}", self.name, self.log_tail());
             }
-            if greets(socket) {
+            if serves(socket) {
                 return Ok(());
             }
             std::thread::sleep(POLL);

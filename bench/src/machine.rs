@@ -8,6 +8,9 @@ use anyhow::{Context as _, Result};
 const TICKS_PER_SECOND: f64 = 100.0;
 
 /// CPU time that the whole machine has spent working, since boot.
+///
+/// # Errors
+/// /proc cannot be read, or is not understood.
 pub fn busy_seconds() -> Result<f64> {
     parse_busy(&std::fs::read_to_string("/proc/stat")?).context("/proc/stat")
 }
@@ -27,6 +30,9 @@ fn parse_busy(text: &str) -> Option<f64> {
 }
 
 /// CPU time of one process with all its threads.
+///
+/// # Errors
+/// It is gone.
 pub fn process_seconds(pid: u32) -> Result<f64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let rest = &text[text.rfind(')').context("/proc/PID/stat")? + 1..];
@@ -38,6 +44,9 @@ pub fn process_seconds(pid: u32) -> Result<f64> {
 }
 
 /// Resident memory of a process now.
+///
+/// # Errors
+/// It is gone.
 pub fn process_rss_bytes(pid: u32) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = text
@@ -48,7 +57,19 @@ pub fn process_rss_bytes(pid: u32) -> Result<u64> {
     Ok(kib * 1024)
 }
 
+/// Open file descriptors of a process.
+///
+/// # Errors
+/// It is gone, or belongs to another user.
+pub fn process_descriptors(pid: u32) -> Result<usize> {
+    let path = format!("/proc/{pid}/fd");
+    Ok(std::fs::read_dir(&path).context(path)?.count())
+}
+
 /// CPU of the processes together over a time, as a share of one core.
+///
+/// # Errors
+/// One of them is gone.
 pub fn share_of_core(pids: &[u32], over: Duration) -> Result<f64> {
     let sum = || -> Result<f64> { pids.iter().map(|p| process_seconds(*p)).sum() };
     let (before, start) = (sum()?, Instant::now());
@@ -94,5 +115,6 @@ mod tests {
         let pid = std::process::id();
         assert!(process_rss_bytes(pid).unwrap() > 100_000);
         assert!(process_seconds(pid).unwrap() >= 0.0);
+        assert!(process_descriptors(pid).unwrap() >= 3);
     }
 }

@@ -1,5 +1,5 @@
 //! `ashlar-bench`: the demonstration (`demo`, behind `make demo`) and the measurements (`run`, behind
-//! `make bench`). Both drive the real programs of the same build over their public interfaces: the
+//! `make bench`; `csi`: only its load on the CSI driver). All drive the real programs of the same build over their public interfaces: the
 //! `ashlar` command, `nbd-client`, and fio's nbd engine.
 //!
 //! Invariants:
@@ -9,9 +9,9 @@
 
 mod chart;
 mod cluster;
+mod csi;
 mod demo;
 mod fio;
-mod machine;
 mod matrix;
 mod report;
 mod run;
@@ -36,12 +36,15 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Speed, CPU and memory against the raw disk and qemu-nbd
     Run(run::RunArgs),
+    /// Only the load on the CSI driver: volumes made, published, listed, unpublished and deleted
+    Csi(csi::CsiArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Csi(args) => csi::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

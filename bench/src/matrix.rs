@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::fio::{self, Target};
-use crate::machine;
+use ashlar_bench::machine;
 
 /// One job.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,6 @@
 //! The rows of the table, each with its bar and its verdict.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
@@ -15,7 +16,7 @@ pub struct Row {
     /// Name for programs.
     pub id: &'static str,
     /// Name for people.
-    pub title: &'static str,
+    pub title: Cow<'static, str>,
     /// Unit of the three values.
     pub unit: &'static str,
     /// The raw file.
@@ -169,7 +170,7 @@ impl Speed {
         };
         Some(Row {
             id: self.id,
-            title: self.title,
+            title: self.title.into(),
             unit: self.unit,
             raw,
             qemu_nbd,
@@ -192,14 +193,14 @@ pub fn speed_rows(raw: &Medians, qemu: &Medians, ashlar: &Medians) -> Vec<Row> {
 /// A row that is held against a number.
 pub fn limit_row(
     id: &'static str,
-    title: &'static str,
+    title: impl Into<Cow<'static, str>>,
     unit: &'static str,
     value: f64,
     below: f64,
 ) -> Row {
     Row {
         id,
-        title,
+        title: title.into(),
         unit,
         raw: None,
         qemu_nbd: None,
@@ -224,12 +225,12 @@ pub fn number(value: f64) -> String {
 pub fn table(rows: &[Row]) -> String {
     let dash = |v: Option<f64>| v.map_or_else(|| "-".to_owned(), number);
     let mut text = format!(
-        "{:<44} {:>8} {:>9} {:>9} {:>9} {:>7}  {:<26} {}\n",
+        "{:<52} {:>8} {:>9} {:>9} {:>9} {:>7}  {:<26} {}\n",
         "row", "unit", "raw", "qemu-nbd", "ashlar", "ratio", "bar", "verdict"
     );
     for row in rows {
         text += &format!(
-            "{:<44} {:>8} {:>9} {:>9} {:>9} {:>7}  {:<26} {}\n",
+            "{:<52} {:>8} {:>9} {:>9} {:>9} {:>7}  {:<26} {}\n",
             row.title,
             row.unit,
             dash(row.raw),

@@ -1,5 +1,6 @@
 //! `make bench`: the same jobs on the raw file, on qemu-nbd with one raw copy, and on Ashlar with three
-//! replicas on three files of the same disk; then failover, idle cost and memory.
+//! replicas on three files of the same disk; then failover, idle cost and memory; then, with a cluster of its
+//! own, the CSI driver under load.
 //!
 //! The targets take turns, job by job and round by round, so that a disk that changes its mood meets all
 //! of them; the medians of the rounds are compared. All files are written in full before.
@@ -12,12 +13,14 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use serde::Serialize;
 
+use ashlar_bench::machine;
+
 use crate::cluster::{Cluster, Server};
 use crate::fio::{self, Running, Target};
 use crate::matrix::{JOBS, Measurement, median};
 use crate::report::{Medians, Row, limit_row, speed_rows, table};
 use crate::series::{self, Phase};
-use crate::{chart, machine};
+use crate::{chart, csi};
 
 const GIB: u64 = 1 << 30;
 const MIB: f64 = 1_048_576.0;
@@ -79,6 +82,8 @@ struct Results<'a> {
     rows: &'a [Row],
     medians: BTreeMap<&'static str, &'a Medians>,
     rounds: &'a BTreeMap<&'static str, Rounds>,
+    /// The load on the CSI driver, unless only the baselines were measured.
+    csi: Option<&'a csi::Report>,
 }
 
 /// Every round of every job of one target.
@@ -137,10 +142,14 @@ fn measure_all(args: &RunArgs, plan: Plan, out: &Path, work: &Path) -> Result<bo
     let empty = Medians::new();
     let of = |name: &str| medians.get(name).unwrap_or(&empty);
     let mut rows = speed_rows(of("raw"), of("qemu-nbd"), of("ashlar"));
+    let mut csi_report = None;
     if let Some(bench) = ashlar {
         rows.extend(bench.further_rows(plan, sockets.path(), work)?);
+        let measured = csi::measure(&csi::Size::of_bench(plan.quick), work)?;
+        rows.extend(measured.rows());
+        csi_report = Some(measured);
     }
-    report(out, plan, &rows, &medians, &rounds)?;
+    report(out, plan, &rows, &medians, &rounds, csi_report.as_ref())?;
     Ok(!args.strict || rows.iter().all(|r| r.passes))
 }
 
@@ -156,6 +165,7 @@ fn report(
     rows: &[Row],
     medians: &BTreeMap<&'static str, Medians>,
     rounds: &BTreeMap<&'static str, Rounds>,
+    csi: Option<&csi::Report>,
 ) -> Result<()> {
     let results = Results {
         machine: machine::description(),
@@ -164,12 +174,16 @@ fn report(
         rows,
         medians: medians.iter().map(|(name, m)| (*name, m)).collect(),
         rounds,
+        csi,
     };
     let json = out.join("bench.json");
     std::fs::write(&json, serde_json::to_string_pretty(&results)?)?;
     let svg = out.join("bench.svg");
     chart::draw(rows, &results.machine, &svg)?;
     println!("\n{}", table(rows));
+    if let Some(csi) = csi {
+        println!("{}", csi.table());
+    }
     let short = rows.iter().filter(|r| !r.passes).count();
     if short > 0 {
         println!("{short} of {} rows fall short.", rows.len());
