@@ -98,6 +98,13 @@ pub const REPLICAS: Metric = Metric::gauge(
     &["state"],
     "Replicas by state: in_sync, rebuilding or stale",
 );
+/// What disks have to drop.
+pub const REPLICAS_TO_DROP: Metric = Metric::gauge(
+    "ashlar_metadata_replicas_to_drop",
+    Unit::Count,
+    &[],
+    "Replicas of deleted volumes, and moved ones, whose disk has not confirmed yet that it dropped them",
+);
 /// Nodes.
 pub const NODES: Metric = Metric::gauge(
     "ashlar_metadata_nodes",
@@ -149,6 +156,7 @@ pub const ALL: &[Metric] = &[
     VOLUMES_ATTACHED,
     ATTACHMENTS_SILENT,
     REPLICAS,
+    REPLICAS_TO_DROP,
     NODES,
     DISKS,
     POOL_CAPACITY,

@@ -99,6 +99,7 @@ impl UpArgs {
             disk_size_bytes: self.disk_size.unwrap_or(DISK_SIZE_DEFAULT),
             base_port: self.base_port.unwrap_or(0),
             address: self.address.unwrap_or(Ipv4Addr::LOCALHOST.into()),
+            metrics: true,
         };
         if spec.members.is_multiple_of(2) {
             return Err(CliError::usage("a Raft cluster has 1, 3 or 5 members"));
@@ -173,6 +174,8 @@ struct ProcessView {
     uptime_seconds: Option<u64>,
     rss_bytes: Option<u64>,
     address: String,
+    /// Where /metrics, /healthz and /readyz are answered over HTTP, `IP:PORT`.
+    metrics_address: Option<String>,
     log: PathBuf,
 }
 
@@ -354,6 +357,7 @@ async fn status(cluster: &DevCluster, output: Output) -> Result<()> {
                     Name::Metadata(n) => spec.member_address(n),
                     Name::Daemon(n) => spec.admin_address(n),
                 },
+                metrics_address: spec.metrics_address(name),
                 log: cluster.log(name),
             }
         })
@@ -380,6 +384,7 @@ fn show_table(view: &DevView, output: Output) -> Result<()> {
         Column::Right("uptime"),
         Column::Right("memory"),
         Column::Left("address"),
+        Column::Left("metrics"),
     ];
     let dash = || "-".to_owned();
     let rows = view
@@ -399,6 +404,7 @@ fn show_table(view: &DevView, output: Output) -> Result<()> {
                 cell(p.uptime_seconds.map_or_else(dash, |v| format!("{v} s"))),
                 cell(p.rss_bytes.map_or_else(dash, size::format)),
                 cell(&p.address),
+                cell(p.metrics_address.as_deref().unwrap_or("-")),
             ]
         })
         .collect();

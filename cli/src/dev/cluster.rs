@@ -120,13 +120,16 @@ impl DevCluster {
         if self.condition(name) != Condition::Stopped {
             return Ok(false);
         }
-        let (program, arguments) = match name {
+        let (program, mut arguments) = match name {
             Name::Metadata(n) => (process::sibling("metadata-raft")?, self.member_arguments(n)),
             Name::Daemon(n) => (
                 process::sibling("storage-daemon")?,
                 self.daemon_arguments(n)?,
             ),
         };
+        if let Some(address) = self.state.spec.metrics_address(name) {
+            arguments.extend(["--metrics".to_owned(), address]);
+        }
         let record = process::spawn_detached(&program, &arguments, &self.log(name))?;
         self.state.processes.insert(name.to_string(), record);
         self.state.save(&self.directory)?;

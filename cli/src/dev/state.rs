@@ -38,6 +38,9 @@ pub struct Spec {
     /// Address that all listen on; loopback, unless the cluster has a network namespace to itself.
     #[serde(default = "loopback")]
     pub address: IpAddr,
+    /// Whether the processes serve metrics; clusters made before they did have no ports for it.
+    #[serde(default)]
+    pub metrics: bool,
 }
 
 fn loopback() -> IpAddr {
@@ -50,9 +53,18 @@ impl Spec {
         1 + self.disks_per_daemon + SPARE_PORTS
     }
 
+    /// Ports of the services, from the base on.
+    fn service_ports(&self) -> u32 {
+        self.members + self.daemons * self.ports_per_daemon()
+    }
+
     /// Ports from the base on.
     pub fn port_count(&self) -> u32 {
-        self.members + self.daemons * self.ports_per_daemon()
+        let observed = match self.metrics {
+            true => self.members + self.daemons,
+            false => 0,
+        };
+        self.service_ports() + observed
     }
 
     fn at(&self, offset: u32) -> String {
@@ -83,6 +95,15 @@ impl Spec {
     pub fn data_address(&self, daemon: u32) -> String {
         let offset = self.members + (daemon - 1) * self.ports_per_daemon() + 1;
         self.at(offset)
+    }
+
+    /// Address of a process' metrics, which lie above all services.
+    pub fn metrics_address(&self, name: Name) -> Option<String> {
+        let place = match name {
+            Name::Metadata(member) => member - 1,
+            Name::Daemon(daemon) => self.members + daemon - 1,
+        };
+        self.metrics.then(|| self.at(self.service_ports() + place))
     }
 
     /// Names of all processes, in the order in which they start.
@@ -229,6 +250,7 @@ mod tests {
             disk_size_bytes: 1 << 30,
             base_port: 21000,
             address: loopback(),
+            metrics: true,
         }
     }
 
@@ -240,12 +262,31 @@ mod tests {
             all.push(spec.admin_address(daemon));
             all.push(spec.data_address(daemon));
         }
+        all.extend(
+            spec.names()
+                .into_iter()
+                .filter_map(|n| spec.metrics_address(n)),
+        );
         let count = all.len();
         all.sort();
         all.dedup();
         assert_eq!(all.len(), count);
         assert_eq!(spec.data_address(2), "127.0.0.1:21011");
-        assert!(21011 + spec.disks_per_daemon + SPARE_PORTS <= 21000 + spec.port_count());
+        let first = spec.metrics_address(Name::Metadata(1));
+        assert_eq!(first.as_deref(), Some("127.0.0.1:21017"));
+        assert_eq!(21011 + spec.disks_per_daemon + SPARE_PORTS, 21017);
+        let last = spec.metrics_address(Name::Daemon(2));
+        assert_eq!(last.as_deref(), Some("127.0.0.1:21021"));
+        assert_eq!(spec.port_count(), 22);
+    }
+
+    #[test]
+    fn a_cluster_that_was_made_without_metrics_goes_on_without() {
+        let mut old = serde_json::to_value(spec()).unwrap();
+        old.as_object_mut().unwrap().remove("metrics");
+        let spec: Spec = serde_json::from_value(old).unwrap();
+        assert_eq!(spec.metrics_address(Name::Daemon(1)), None);
+        assert_eq!(spec.port_count(), 17);
     }
 
     #[test]

@@ -205,6 +205,11 @@ impl State {
         self.garbage.range(low..=high).map(|((_, v), e)| (*v, *e))
     }
 
+    /// Number of such replicas on all disks.
+    pub fn garbage_count(&self) -> usize {
+        self.garbage.len()
+    }
+
     /// What is placed on a disk.
     pub fn disk_use(&self, disk: DiskId) -> DiskUse {
         self.disk_use.get(&disk).copied().unwrap_or_default()

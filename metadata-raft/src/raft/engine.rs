@@ -1,6 +1,6 @@
 //! What the log store asks of the library below it: an ordered map of entries and a few named values.
 //!
-//! A second implementation (redb for instance) needs these five functions.
+//! A second implementation (redb for instance) needs these functions.
 
 use std::io;
 use std::ops::Range;
@@ -26,6 +26,8 @@ pub trait LogEngine: Send + Sync + 'static {
     fn put(&self, entries: Vec<(u64, Vec<u8>)>) -> io::Result<()>;
     /// Removes entries.
     fn remove(&self, indexes: Range<u64>) -> io::Result<()>;
+    /// Removes entries below `end`, the lowest first and at most `most`; how many it removed.
+    fn remove_lowest(&self, end: u64, most: usize) -> io::Result<usize>;
     /// Entries of a range, ascending.
     fn read(&self, indexes: Range<u64>) -> io::Result<Vec<(u64, Vec<u8>)>>;
     /// The entry with the highest index.

@@ -97,6 +97,17 @@ impl LogEngine for SledEngine {
         self.log.apply_batch(batch).map_err(io_error)
     }
 
+    fn remove_lowest(&self, end: u64, most: usize) -> io::Result<usize> {
+        let mut batch = sled::Batch::default();
+        let mut count = 0;
+        for key in self.log.range(..end.to_be_bytes()).keys().take(most) {
+            batch.remove(key.map_err(io_error)?);
+            count += 1;
+        }
+        self.log.apply_batch(batch).map_err(io_error)?;
+        Ok(count)
+    }
+
     fn read(&self, indexes: Range<u64>) -> io::Result<Vec<(u64, Vec<u8>)>> {
         let range = indexes.start.to_be_bytes()..indexes.end.to_be_bytes();
         self.log

@@ -156,6 +156,7 @@ fn collect_cluster(scrape: &Scrape, state: &State, view: &View<'_>) {
     put(&metrics::REPLICAS, "in_sync", counts.in_sync);
     put(&metrics::REPLICAS, "rebuilding", counts.rebuilding);
     put(&metrics::REPLICAS, "stale", counts.stale);
+    scrape.set(&metrics::REPLICAS_TO_DROP, &[], state.garbage_count());
 
     let (mut alive, mut silent, mut attach_only) = (0, 0, 0);
     for node in state.nodes() {

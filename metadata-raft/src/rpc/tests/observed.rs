@@ -53,6 +53,12 @@ async fn the_leader_tells_of_the_cluster_and_every_member_of_itself() {
     }
     let volume = create(&mut client, "v").await.unwrap();
     create(&mut client, "detached").await.unwrap();
+    let gone = create(&mut client, "gone").await.unwrap();
+    let delete = pb::DeleteVolumeRequest {
+        request_id: request(),
+        volume_id: gone.volume_id,
+    };
+    client.delete_volume(delete).await.unwrap();
     let elsewhere = create(&mut client, "elsewhere").await.unwrap();
     let attach = pb::OpenVolumeRequest {
         node_id: worker.node_id,
@@ -85,6 +91,7 @@ async fn the_leader_tells_of_the_cluster_and_every_member_of_itself() {
         ("ashlar_metadata_volumes_attached", "2"),
         ("ashlar_metadata_attachments_silent", "1"),
         ("ashlar_metadata_replicas{state=\"in_sync\"}", "9"),
+        ("ashlar_metadata_replicas_to_drop", "3"),
         (
             "ashlar_metadata_pool_capacity_bytes{pool=\"p\"}",
             "3221225472",
