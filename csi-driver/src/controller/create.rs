@@ -120,14 +120,16 @@ impl Wish {
 
     /// The volume that there is, or else a new one.
     async fn fulfil(self, metadata: &Metadata) -> Result<pb::Volume> {
-        if let Some(volume) = metadata.volume_named(&self.name).await? {
+        // Both at once: it saves a round trip. An existing volume is answered whatever became of the pools.
+        let (existing, pool) = tokio::join!(metadata.volume_named(&self.name), self.pool(metadata));
+        if let Some(volume) = existing? {
             return self.accept(volume);
         }
         let size_bytes = self.range.choose(validate::volume_bytes_min(
             &self.capabilities,
             self.parameters.fs_type,
         ))?;
-        let pool = self.pool(metadata).await?;
+        let pool = pool?;
         let request = pb::CreateVolumeRequest {
             request_id: request_id(),
             name: self.name.clone(),

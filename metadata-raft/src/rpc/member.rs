@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::convert;
 use super::liveness::{Liveness, View};
+use super::read_barrier::ReadBarrier;
 use crate::metrics::{Outcome, Proposal};
 use crate::model::{Answer, Command, State};
 use crate::planner::DiskView;
@@ -81,6 +83,25 @@ pub struct Member {
     pub(crate) repair: Notify,
     liveness: Mutex<Liveness>,
     channels: Mutex<BTreeMap<String, Channel>>,
+    reads: ReadBarrier<Result<(), Unconfirmed>>,
+}
+
+/// Why a read could not be confirmed.
+#[derive(Clone, Debug)]
+enum Unconfirmed {
+    NotLeader,
+    NoMajority,
+    Stopped(String),
+}
+
+impl From<Unconfirmed> for Fault {
+    fn from(why: Unconfirmed) -> Self {
+        match why {
+            Unconfirmed::NotLeader => Self::NotLeader,
+            Unconfirmed::NoMajority => no_majority().into(),
+            Unconfirmed::Stopped(error) => stopped(error).into(),
+        }
+    }
 }
 
 impl Member {
@@ -98,6 +119,7 @@ impl Member {
             repair: Notify::new(),
             liveness: Mutex::default(),
             channels: Mutex::default(),
+            reads: ReadBarrier::default(),
         })
     }
 
@@ -158,21 +180,27 @@ impl Member {
 
     /// Returns when the local state contains everything committed before the call (ReadIndex).
     pub(super) async fn linearize(&self) -> Result<(), Fault> {
-        let confirmed = tokio::time::timeout(
-            MAJORITY_DEADLINE,
-            self.raft.ensure_linearizable(ReadPolicy::ReadIndex),
-        )
-        .await
-        .map_err(|_| no_majority())?;
-        match confirmed {
+        // Boxed: openraft's future is large, and is in the future of every call.
+        let confirm = || -> Pin<Box<dyn Future<Output = _> + Send + '_>> {
+            Box::pin(self.confirm_leadership())
+        };
+        let pass = self.reads.pass(confirm);
+        let confirmed = tokio::time::timeout(MAJORITY_DEADLINE, pass)
+            .await
+            .map_err(|_| no_majority())?;
+        Ok(confirmed?)
+    }
+
+    async fn confirm_leadership(&self) -> Result<(), Unconfirmed> {
+        match self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
             Ok(_) => Ok(()),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
-                Err(Fault::NotLeader)
+                Err(Unconfirmed::NotLeader)
             }
             Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
-                Err(no_majority().into())
+                Err(Unconfirmed::NoMajority)
             }
-            Err(RaftError::Fatal(error)) => Err(stopped(error).into()),
+            Err(RaftError::Fatal(error)) => Err(Unconfirmed::Stopped(error.to_string())),
         }
     }
 

@@ -12,6 +12,7 @@ mod liveness;
 mod member;
 mod observe;
 mod publications;
+mod read_barrier;
 mod repair_loop;
 mod running;
 mod service;

@@ -16,7 +16,7 @@ use super::cluster::Cluster;
 use super::tools::{binary, wait_until};
 use super::uml::Network;
 
-/// A running `csi-driver --mode all`; killed when dropped.
+/// A running csi-driver; killed when dropped.
 pub struct Driver {
     child: Child,
     socket: PathBuf,
@@ -24,22 +24,35 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts a driver for the node `node` and waits until its socket is there.
+    /// Starts `csi-driver --mode all` for the node `node` and waits until its socket is there.
     ///
     /// # Panics
     /// If it does not come up within 20 s.
     pub fn start(cluster: &Cluster, name: &str, node: &str, args: &[&str]) -> Self {
+        let no_nbd_client = cluster.scratch("no-nbd-client.sock");
+        let socket = no_nbd_client.to_str().expect("a UTF-8 path");
+        let mut all = vec!["--mode", "all", "--node", node, "--nbd-socket", socket];
+        all.extend_from_slice(args);
+        Self::launch(cluster, name, &all)
+    }
+
+    /// Starts `csi-driver --mode controller` and waits until its socket is there.
+    ///
+    /// # Panics
+    /// If it does not come up within 20 s.
+    pub fn controller_only(cluster: &Cluster, name: &str) -> Self {
+        Self::launch(cluster, name, &["--mode", "controller"])
+    }
+
+    fn launch(cluster: &Cluster, name: &str, args: &[&str]) -> Self {
         let socket = cluster.scratch(&format!("{name}.sock"));
         let log = cluster.scratch(&format!("{name}.log"));
         let file = std::fs::File::create(&log).expect("log");
         let child = cluster
             .command(&binary("csi-driver"))
-            .args(["--mode", "all", "--node", node])
             .args(["--metadata", &cluster.metadata()])
             .arg("--endpoint")
             .arg(format!("unix://{}", socket.display()))
-            .arg("--nbd-socket")
-            .arg(cluster.scratch("no-nbd-client.sock"))
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -58,6 +71,11 @@ impl Driver {
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it logged.

@@ -8,6 +8,7 @@ mod attach;
 mod cluster;
 pub mod csi;
 mod export;
+pub mod exposition;
 mod nbd;
 mod tools;
 pub mod uml;
