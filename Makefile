@@ -5,7 +5,7 @@ BIN := $(TARGET)/release
 PROGRAMS := -p metadata-raft -p storage-daemon -p nbd-client -p csi-driver -p ashlar-cli -p ashlar-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo check test bench bench-quick fmt clean-dev
+.PHONY: help build demo check test bench bench-quick bench-csi fmt clean-dev
 
 help: ## Lists the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,13 +24,16 @@ check: ## Formatting and lints, without running anything
 test: ## Everything that is tested: format, lints, unit, simulation, end to end
 	@.ci/test.sh
 
-bench: build ## Speed, CPU and memory against the raw disk and qemu-nbd; results in bench/out
+bench: build ## Speed, CPU and memory against the raw disk and qemu-nbd, and CSI; results in bench/out
 	@.ci/install-tools.sh demo
 	@$(BIN)/ashlar-bench run
 
 bench-quick: build ## The same in two minutes, with numbers that say little
 	@.ci/install-tools.sh demo
 	@$(BIN)/ashlar-bench run --quick
+
+bench-csi: build ## Only the load on the CSI driver: 1,000 volumes made, published and deleted
+	@$(BIN)/ashlar-bench csi
 
 fmt: ## Formats the code
 	$(CARGO) fmt --all

@@ -207,7 +207,7 @@ async fn rounds(size: &Size, cluster: &Cluster, driver: &Server, socket: &Path) 
         page_size: PAGE,
         prefix: "load".into(),
     };
-    let mut load = Load::new(socket, plan)?;
+    let mut load = Load::connect(socket, plan).await?;
     let before = Inventory::take(&cluster.metadata).await?;
     let mut all: BTreeMap<&'static str, Samples> = BTreeMap::new();
     let mut report = Report {

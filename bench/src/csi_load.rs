@@ -117,18 +117,20 @@ pub struct Load {
 }
 
 impl Load {
-    /// A load on the driver that listens on a unix socket; connects at the first request.
+    /// A load on the driver that listens on a unix socket.
     ///
     /// # Errors
-    /// The path cannot be an address.
-    pub fn new(socket: &Path, plan: Plan) -> Result<Self> {
+    /// Nobody listens there, or the plan asks for nothing.
+    pub async fn connect(socket: &Path, plan: Plan) -> Result<Self> {
         ensure!(
             plan.in_flight > 0 && !plan.nodes.is_empty() && plan.page_size > 0,
             "a load needs requests in flight, nodes and pages"
         );
         let channel = Endpoint::from_shared(format!("unix://{}", socket.display()))
             .context("the driver's socket")?
-            .connect_lazy();
+            .connect()
+            .await
+            .context("the driver's socket")?;
         Ok(Self {
             plan: Arc::new(plan),
             client: ControllerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),

@@ -80,8 +80,9 @@ fn a_thousand_volumes_come_and_go_and_leave_nothing_behind() {
         page_size: 64,
         prefix: "load".into(),
     };
-    let mut load = Load::new(driver.socket(), plan).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
+    let connect = Load::connect(driver.socket(), plan);
+    let mut load = runtime.block_on(connect).unwrap();
     let (before, full) = runtime.block_on(async {
         register_nodes(&metadata, &workers).await.unwrap();
         let before = Inventory::take(&metadata).await.unwrap();

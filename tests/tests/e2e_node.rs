@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use ashlar_tests::e2e::exposition::Exposition;
 use ashlar_tests::e2e::uml::{Network, PROGRAMS};
 use ashlar_tests::e2e::{AttachNode, Cluster, have};
 
@@ -67,6 +68,28 @@ fn check_clean(node: &mut AttachNode) {
     );
 }
 
+/// Where a node's service shows its metrics.
+const METRICS_PORT: u16 = 9190;
+
+/// What the service shows is documented, and moved while the device was written and read.
+fn check_metrics(before: &Exposition, after: &Exposition) {
+    after.check_documented("nbd-client").unwrap();
+    let attached = [("state", "attached")];
+    assert_eq!(after.value("ashlar_node_attachments", &attached), Some(1.0));
+    for operation in ["read", "write"] {
+        for name in [
+            "ashlar_volume_requests_total",
+            "ashlar_volume_bytes_total",
+            "ashlar_volume_request_duration_seconds_count",
+        ] {
+            let labels = [("volume", "data"), ("operation", operation)];
+            let value = |shown: &Exposition| shown.value(name, &labels).unwrap_or(0.0);
+            let grown = value(after) - value(before);
+            assert!(grown > 10.0, "{name} {operation}: {grown}");
+        }
+    }
+}
+
 #[test]
 fn a_volume_becomes_a_device_with_a_file_system_and_goes_again() {
     if !ready() {
@@ -76,6 +99,10 @@ fn a_volume_becomes_a_device_with_a_file_system_and_goes_again() {
     let cluster = Cluster::up(network.cluster());
     cluster.volume("data", "1GiB", 3);
     let mut node = AttachNode::boot(&network, &cluster, 1, "node-1");
+    // As before, but to be watched.
+    node.ok("kill $(cat /share/nbd.pid); while kill -0 $(cat /share/nbd.pid) 2>/dev/null; do sleep 0.05; done");
+    node.start_service_with(&format!("--metrics 127.0.0.1:{METRICS_PORT}"));
+    node.wait_service();
 
     let made = node.json("attach data --probe-data");
     assert_eq!(made["device"], "/dev/nbd0", "{made}");
@@ -89,7 +116,9 @@ fn a_volume_becomes_a_device_with_a_file_system_and_goes_again() {
     let text = node.refused("attach data --read-only");
     assert!(text.contains("other options"), "{text}");
     node.ok("test $(blockdev --getsize64 /dev/nbd0) = $((1<<30)) && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt");
+    let before = node.metrics(METRICS_PORT);
     node.ok(&fio(5));
+    check_metrics(&before, &node.metrics(METRICS_PORT));
     let text = node.refused("detach data");
     assert!(text.contains("unmount it first"), "{text}");
     node.ok("dmesg | grep -i 'nbd.*error' && exit 1; umount /mnt");
@@ -98,6 +127,9 @@ fn a_volume_becomes_a_device_with_a_file_system_and_goes_again() {
     node.json("detach data");
     node.json("detach data");
     assert_eq!(node.json("list"), serde_json::json!([]));
+    let gone = node.metrics(METRICS_PORT);
+    assert_eq!(gone.value("ashlar_node_attachments", &[]), Some(0.0));
+    assert_eq!(gone.value("ashlar_volume_serving", &[]), None, "{gone:?}");
     let volume = cluster.json(&["volume", "show", "data"]);
     assert!(volume["holder"].is_null(), "{volume}");
 

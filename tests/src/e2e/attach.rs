@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cluster::Cluster;
+use super::exposition::{self, Exposition};
 use super::tools::{binary, wait_until};
 use super::uml::{Network, Node};
 
@@ -67,10 +68,15 @@ impl AttachNode {
 
     /// Starts (another) process of the service, without waiting for it.
     pub fn start_service(&mut self) {
+        self.start_service_with("");
+    }
+
+    /// As [`Self::start_service`], with further arguments.
+    pub fn start_service_with(&mut self, args: &str) {
         let (metadata, name) = (self.metadata.clone(), self.name.clone());
         self.ok(&format!(
             "setsid /share/nbd-client --log debug node --metadata {metadata} --node {name} --state-dir /share/state \
-             --socket /run/ashlar/nbd.sock >>/share/nbd.log 2>&1 </dev/null &\necho $! >/share/nbd.pid"
+             --socket /run/ashlar/nbd.sock {args} >>/share/nbd.log 2>&1 </dev/null &\necho $! >/share/nbd.pid"
         ));
     }
 
@@ -134,6 +140,20 @@ impl AttachNode {
     pub fn finish(&self, n: u32, limit: Duration) -> (i32, String) {
         let status = wait_until("a script in the background", limit, || self.peek(n).0);
         (status, self.peek(n).1)
+    }
+
+    /// What the service shows at `/metrics`, if it was started with `--metrics 127.0.0.1:PORT`.
+    ///
+    /// # Panics
+    /// If it does not answer, or what it answers is not understood.
+    pub fn metrics(&mut self, port: u16) -> Exposition {
+        let answer = self.ok(&format!(
+            "bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}; \
+             printf \"GET /metrics HTTP/1.1\\r\\nhost: node\\r\\nconnection: close\\r\\n\\r\\n\" >&3; cat <&3'"
+        ));
+        let (status, text) = exposition::read_answer(&answer).expect("an HTTP answer");
+        assert_eq!(status, 200, "{text}");
+        Exposition::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
     }
 
     /// Runs `nbd-client ARGS`, which must succeed, with JSON as its output.

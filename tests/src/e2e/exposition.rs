@@ -52,11 +52,14 @@ pub fn get(address: &str, path: &str) -> std::io::Result<(u16, String)> {
     )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some((status, body.to_owned()))
-    });
-    parsed.ok_or_else(|| std::io::Error::other(format!("no HTTP answer: {answer:?}")))
+    read_answer(&answer).ok_or_else(|| std::io::Error::other(format!("no HTTP answer: {answer:?}")))
+}
+
+/// Status and body of an HTTP answer that ends with its connection.
+pub fn read_answer(answer: &str) -> Option<(u16, String)> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some((status, body.to_owned()))
 }
 
 /// Where a process of a development cluster serves its metrics.
