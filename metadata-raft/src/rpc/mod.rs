@@ -1,7 +1,7 @@
 //! The metadata service of `metadata.proto`, and the member process around it.
 //!
 //! Architecture invariants:
-//! - A mutation is one Raft command; a read is confirmed by the leader (ReadIndex). Followers forward the
+//! - A mutation is one Raft command; a read is confirmed by the leader (ReadIndex; `read_barrier` shares confirmations). Followers forward the
 //!   request as it came, once; a forwarded request is never forwarded again.
 //! - Heartbeats and statistics live in the leader's memory only (`liveness`).
 //! - Nothing holds the lock of the state across an await.
