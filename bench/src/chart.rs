@@ -78,7 +78,7 @@ mod tests {
         let path = directory.path().join("a.svg");
         let row = Row {
             id: "a",
-            title: "a title",
+            title: "a title".into(),
             unit: "µs",
             raw: None,
             qemu_nbd: Some(1.0),
