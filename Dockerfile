@@ -34,7 +34,8 @@ CMD ["/usr/local/bin/ashlar", "help"]
 FROM ${BASE} AS ashlar-node
 RUN apt-get update \
     && apt-get install -y --no-install-recommends e2fsprogs xfsprogs util-linux mount kmod fuse3 libnbd-bin \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get clean \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log
 COPY --from=binaries /out/nbd-client /out/csi-driver /usr/local/bin/
 # Both run as root on nodes: they mount. The controller part of csi-driver runs as 65532, as its pod says.
 CMD ["/usr/local/bin/csi-driver", "--help"]

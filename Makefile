@@ -5,7 +5,7 @@ BIN := $(TARGET)/release
 PROGRAMS := -p metadata-raft -p storage-daemon -p nbd-client -p csi-driver -p ashlar-cli -p ashlar-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo check test bench bench-quick bench-csi fmt clean-dev
+.PHONY: help build demo check test bench bench-quick bench-csi images fmt clean-dev
 
 help: ## Lists the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ bench-quick: build ## The same in two minutes, with numbers that say little
 
 bench-csi: build ## Only the load on the CSI driver: 1,000 volumes made, published and deleted
 	@$(BIN)/ashlar-bench csi
+
+images: ## Both container images as OCI archives, without a container engine; into target/images/out
+	@.ci/images.sh compile
 
 fmt: ## Formats the code
 	$(CARGO) fmt --all

@@ -1,16 +1,19 @@
 #!/bin/sh
 # shellcheck disable=SC2086 # lists of package names are split on purpose
 # Installs the Debian packages that the tests and the demonstration use. Quick when they are present.
-# Usage: .ci/install-tools.sh [demo]     ("demo": only what `make demo` and `make bench` need)
+# Usage: .ci/install-tools.sh [demo|images]
+#   demo: only what `make demo` and `make bench` need; images: only what `.ci/images.sh` needs
 set -eu
 
 demo="fio libnbd-bin qemu-utils"
-all="$demo python3-libnbd nbd-client e2fsprogs xfsprogs user-mode-linux busybox kmod iproute2 util-linux postgresql postgresql-contrib python3-yaml shellcheck"
+images="buildah debootstrap binutils"
+all="$demo $images python3-libnbd nbd-client e2fsprogs xfsprogs user-mode-linux busybox kmod iproute2 util-linux postgresql postgresql-contrib python3-yaml shellcheck"
 
 case "${1:-all}" in
 demo) packages=$demo ;;
+images) packages=$images ;;
 all) packages=$all ;;
-*) echo "usage: $0 [demo]" >&2; exit 2 ;;
+*) echo "usage: $0 [demo|images]" >&2; exit 2 ;;
 esac
 
 missing=

@@ -51,7 +51,7 @@ quiet=an_upgrade_by_hand_over_costs_less_than_a_second
 lanes() {
     (for name in e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers $others; do tests "$name"; done) &
     (tests e2e_node --skip "$quiet"; tests e2e_csi_sanity; tests e2e_postgres) &
-    (tests e2e_csi_node; step chart .ci/chart.sh "$target/debug") &
+    (tests e2e_csi_node; step chart .ci/chart.sh "$target/debug"; step images .ci/images.sh "$target/debug") &
     wait
 }
 known=" e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers e2e_node e2e_csi_sanity e2e_csi_node e2e_postgres "
