@@ -169,12 +169,13 @@ async fn add(node: &str, request: daemon_pb::AddDiskRequest, context: &mut Conte
         .await
         .map_err(|status| {
             let error = CliError::from_status(&doing, &status);
-            if status.code() == tonic::Code::FailedPrecondition {
-                return error.hint(
+            match status.code() {
+                tonic::Code::FailedPrecondition => error.hint(
                     "a blank disk needs --format; a disk with other data must be wiped first",
-                );
+                ),
+                tonic::Code::AlreadyExists => error.hint("`ashlar disk list` shows it"),
+                _ => error,
             }
-            error
         })?
         .into_inner();
     let view = AddedView {
