@@ -1,0 +1,154 @@
+//! Random commands: every invariant holds after each, and an image is as good as the state.
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Open(u8, bool),
+    Close(u8, bool, bool),
+    Change(u8, bool, u8, u8),
+    Begin(bool, u8),
+    Move(u8, u8),
+    Delete,
+    Create,
+    Resize(u8),
+    Register(u8, u64),
+    Join(u8, u8),
+    Publish(u8, bool),
+    Unpublish(u8),
+    Retry,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (1..4_u8, any::<bool>()).prop_map(|(c, f)| Step::Open(c, f)),
+        1 => (1..4_u8, any::<bool>(), any::<bool>()).prop_map(|(c, e, k)| Step::Close(c, e, k)),
+        12 => (1..4_u8, prop::bool::weighted(0.9), 1..7_u8, 0..3_u8).prop_map(|(c, e, d, s)| Step::Change(c, e, d, s)),
+        6 => (prop::bool::weighted(0.9), 1..7_u8).prop_map(|(e, d)| Step::Begin(e, d)),
+        3 => (1..7_u8, 1..7_u8).prop_map(|(a, b)| Step::Move(a, b)),
+        1 => Just(Step::Delete),
+        2 => Just(Step::Create),
+        1 => (0..4_u8).prop_map(Step::Resize),
+        1 => (1..7_u8, 1..4_u64).prop_map(|(d, i)| Step::Register(d, i)),
+        3 => (1..6_u8, 0..4_u8).prop_map(|(c, n)| Step::Join(c, n)),
+        1 => (1..4_u8, any::<bool>()).prop_map(|(n, r)| Step::Publish(n, r)),
+        1 => (0..4_u8).prop_map(Step::Unpublish),
+        2 => Just(Step::Retry),
+    ]
+}
+
+fn operation(m: &Machine, step: &Step) -> Option<Operation> {
+    let current = m.state.volume(VOLUME).map_or(0, |v| v.epoch.0);
+    let epoch = |now: &bool| {
+        if *now {
+            current
+        } else {
+            current.saturating_sub(1)
+        }
+    };
+    Some(match step {
+        Step::Open(c, force) => publications::open_on(*c, NodeId(id16(*c)), *force),
+        Step::Join(c, n) => readers::join(*c, *n),
+        Step::Publish(n, true) => publications::publish(&format!("node-{n}"), AttachMode::ReadOnly),
+        Step::Publish(n, false) => {
+            publications::publish(&format!("node-{n}"), AttachMode::Exclusive)
+        }
+        Step::Unpublish(0) => publications::unpublish(""),
+        Step::Unpublish(n) => publications::unpublish(&format!("node-{n}")),
+        Step::Close(c, now, clean) => close(*c, epoch(now), *clean),
+        Step::Change(c, now, d, s) => {
+            // Mostly by the holder, or little would ever be applied.
+            let holder = m
+                .state
+                .volume(VOLUME)
+                .and_then(|v| v.holder.as_ref())
+                .map(|h| h.client.0[0]);
+            let by = if *c == 1 { 1 } else { holder.unwrap_or(*c) };
+            change(by, epoch(now), *d, ReplicaState::from_u8(*s)?)
+        }
+        Step::Begin(now, d) => begin(epoch(now), *d),
+        Step::Move(a, b) => Operation::MoveReplica {
+            volume: VOLUME,
+            from: disk_id(*a),
+            to: disk_id(*b),
+        },
+        Step::Delete => Operation::DeleteVolume(VOLUME),
+        // An identity is not reused while a disk may still hold the former volume.
+        Step::Create if m.state.garbage.is_empty() => {
+            Operation::CreateVolume(create("one", VOLUME, 3))
+        }
+        Step::Create => Operation::ForgetGarbage((1..7).map(|d| (disk_id(d), VOLUME)).collect()),
+        Step::Resize(n) => Operation::ResizeVolume {
+            volume: VOLUME,
+            size_bytes: u64::from(*n) * (32 << 20),
+        },
+        Step::Register(d, i) => Operation::RegisterDisk(Disk {
+            incarnation: Incarnation(*i),
+            ..disk(*d)
+        }),
+        Step::Retry => return None,
+    })
+}
+
+/// Two replicas of a group never share a failure domain.
+fn domains_differ(state: &State, volume: &Volume) -> bool {
+    volume.groups.iter().all(|group| {
+        let staying = group.iter().filter(|r| r.leaving_for.is_none());
+        let domains: std::collections::BTreeSet<_> = staying
+            .clone()
+            .map(|r| state.domain_of(FailureDomain::Node, r.disk))
+            .collect();
+        domains.len() == staying.count()
+    })
+}
+
+/// Clients and nodes have the same numbers here.
+fn holder_is_published(volume: &Volume) -> bool {
+    volume.publications.is_empty()
+        || volume.holder.as_ref().is_none_or(|h| {
+            let node = format!("node-{}", h.client.0[0]);
+            volume.publications.contains_key(&node)
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn random_commands_keep_the_invariants(steps in prop::collection::vec(step(), 1..120)) {
+        let mut m = Machine::with_volume(6, 3);
+        let mut answered = BTreeMap::<RequestKey, (Command, Response)>::new();
+        for step in &steps {
+            let before = m.state.volume(VOLUME).cloned();
+            let Some(operation) = operation(&m, step) else {
+                for (command, response) in answered.values() {
+                    if m.state.remembered(&command.request).is_some() {
+                        prop_assert_eq!(&apply(&mut m.state, command), response);
+                    }
+                }
+                continue;
+            };
+            m.next += 1;
+            let command = Command { request: key(m.next), operation };
+            // Debug builds check the whole state inside.
+            let response = apply(&mut m.state, &command);
+            if let Err(refusal) = &response {
+                prop_assert_ne!(refusal.code, RefusalCode::Internal, "{}", refusal.message);
+            }
+            if let Some(after) = m.state.volume(VOLUME) {
+                prop_assert!(domains_differ(&m.state, after));
+                prop_assert!(holder_is_published(after));
+                if let Some(before) = &before {
+                    prop_assert!(after.epoch >= before.epoch);
+                }
+            }
+            answered.insert(command.request, (command, response));
+        }
+        let mut image = Vec::new();
+        m.state.write_image(&mut image).unwrap();
+        let restored = State::read_image(&mut image.as_slice()).unwrap();
+        prop_assert_eq!(restored.disk_use, m.state.disk_use);
+    }
+}
