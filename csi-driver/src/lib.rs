@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod authority;
 pub mod controller;
+pub mod drain;
 pub mod errors;
 pub mod identity;
 pub mod listener;

@@ -109,7 +109,7 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let served = runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
         let shutdown = async move {
@@ -122,7 +122,7 @@ fn main() -> anyhow::Result<()> {
         serve(options, shutdown).await?;
         Ok(())
     });
-    // A program that hangs, as mkfs on a device without backend, must not hold up the end.
+    // A thread that asks a silent name server, or a file system that hangs, is not waited for.
     runtime.shutdown_background();
-    served
+    outcome
 }

@@ -10,6 +10,7 @@ use tonic::transport::Server;
 
 use crate::attach::Attacher;
 use crate::controller::ControllerService;
+use crate::drain::Cut;
 use crate::identity::IdentityService;
 use crate::listener::{ListenError, connections, listen};
 use crate::metadata::{BadAddress, Metadata};
@@ -28,9 +29,6 @@ const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause before the node's registration is tried again.
 const REGISTER_PAUSE: Duration = Duration::from_secs(5);
 
-/// How long requests that are under way at the end may take: less than the time that Kubernetes gives a pod.
-/// Every request can be repeated, and metadata or nbd-client may be gone for good.
-const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Pause between two looks at what the driver needs.
 const WATCH_PAUSE: Duration = Duration::from_secs(5);
 
@@ -80,18 +78,10 @@ pub enum ServeError {
     Server(#[from] tonic::transport::Error),
 }
 
-/// Serves until `shutdown`; then requests that are under way have [`DRAIN_MAX`] to finish, and their connections end.
+/// Serves until `shutdown`; requests that are under way have the time for it that [`crate::drain`] says.
 pub async fn serve(
     options: Options,
     shutdown: impl Future<Output = ()> + Send,
-) -> Result<(), ServeError> {
-    serve_and_drain(options, shutdown, DRAIN_MAX).await
-}
-
-async fn serve_and_drain(
-    options: Options,
-    shutdown: impl Future<Output = ()> + Send,
-    drain_max: Duration,
 ) -> Result<(), ServeError> {
     let metadata = Metadata::new(&options.metadata)?;
     let observer = match options.metrics {
@@ -121,9 +111,11 @@ async fn serve_and_drain(
     health
         .set_serving::<IdentityServer<IdentityService>>()
         .await;
+    let (cut, cut_layer) = Cut::new();
     let router =
         Server::builder()
             .layer(CountLayer)
+            .layer(cut_layer)
             .max_concurrent_streams(Some(CONCURRENT_MAX))
             .http2_keepalive_interval(Some(KEEPALIVE))
             .add_service(health_service)
@@ -140,21 +132,21 @@ async fn serve_and_drain(
         socket = %options.socket.display(),
         "serving CSI"
     );
-    let (stopping, stop) = tokio::sync::oneshot::channel();
-    let serving = router.serve_with_incoming_shutdown(connections(listener), async {
+    let (began, begun) = tokio::sync::oneshot::channel();
+    let shutdown = async move {
         shutdown.await;
-        // The drain below may be over already.
-        let _ = stopping.send(());
-    });
-    let drained = async {
-        if stop.await.is_err() {
-            std::future::pending::<()>().await;
+        // Nobody waits for it only if serving has ended.
+        let _ = began.send(());
+    };
+    let limited = async {
+        match begun.await {
+            Ok(()) => cut.after_limits().await,
+            Err(_) => std::future::pending().await,
         }
-        tokio::time::sleep(drain_max).await;
     };
     tokio::select! {
-        served = serving => served?,
-        () = drained => tracing::warn!("requests under way are cut off; their callers will repeat them"),
+        served = router.serve_with_incoming_shutdown(connections(listener), shutdown) => served?,
+        () = limited => {}
     }
     remove(&options.socket);
     Ok(())
@@ -195,68 +187,5 @@ fn remove(socket: &Path) {
         && error.kind() != std::io::ErrorKind::NotFound
     {
         tracing::warn!(%error, socket = %socket.display(), "the socket is left behind");
-    }
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-    use crate::rpc::DeleteVolumeRequest;
-    use crate::rpc::controller_client::ControllerClient;
-
-    /// Long enough for a request to be begun, far less than its own time limit.
-    const LIMIT: Duration = Duration::from_secs(10);
-
-    #[tokio::test]
-    async fn a_request_that_waits_for_metadata_does_not_hold_up_the_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("csi.sock");
-        // Connects, and never answers.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let options = Options {
-            socket: socket.clone(),
-            metadata: vec![silent.local_addr().unwrap().to_string()],
-            driver_name: "csi.ashlar.io".to_owned(),
-            controller: true,
-            node: None,
-            metrics: None,
-        };
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let shutdown = async {
-            let _ = stopped.await;
-        };
-        let server = tokio::spawn(serve_and_drain(
-            options,
-            shutdown,
-            Duration::from_millis(100),
-        ));
-        while !socket.exists() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let mut client = ControllerClient::connect(format!("unix://{}", socket.display()))
-            .await
-            .unwrap();
-        let call = tokio::spawn(async move {
-            let request = DeleteVolumeRequest {
-                volume_id: "01890a5d-ac96-774b-bcce-b302099a8057".to_owned(),
-                ..DeleteVolumeRequest::default()
-            };
-            client.delete_volume(request).await
-        });
-        // The driver asks metadata: the request is under way.
-        let (_asked, _) = tokio::task::spawn_blocking(move || silent.accept())
-            .await
-            .unwrap()
-            .unwrap();
-        stop.send(()).unwrap();
-        tokio::time::timeout(LIMIT, server)
-            .await
-            .expect("the server ends")
-            .unwrap()
-            .unwrap();
-        // The connection ends with the process.
-        assert!(!call.is_finished());
-        assert!(!socket.exists());
     }
 }
