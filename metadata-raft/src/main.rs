@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use ashlar_platform::observe::Observer;
@@ -11,6 +12,10 @@ use metadata_raft::metrics;
 use metadata_raft::raft::config::Tuning;
 use metadata_raft::rpc::{Options, Running};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// At the end, time for threads that still write a snapshot or wait for a name server. What is cut off is as after a
+/// crash.
+const THREADS_LIMIT: Duration = Duration::from_secs(2);
 
 /// A member of Ashlar's metadata cluster (1, 3 or 5 of them decide by majority).
 #[derive(Parser, Debug)]
@@ -59,12 +64,14 @@ fn main() -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .context("cannot start the runtime")?
-        .block_on(run(arguments))
+        .context("cannot start the runtime")?;
+    let outcome = runtime.block_on(run(arguments));
+    runtime.shutdown_timeout(THREADS_LIMIT);
+    outcome
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {

@@ -210,7 +210,7 @@ fn run_serve(options: Serve, volumes: Vec<VolumeSpec>) -> anyhow::Result<ExitCod
         close_timeout: Duration::from_secs(options.close_timeout),
     };
     let metrics = options.metrics;
-    let outcome = runtime()?.block_on(async {
+    let outcome = run_to_end(async {
         let _served = show(config.observer.as_ref(), metrics).await?;
         anyhow::Ok(serve(config, shutdown_signal()?).await?)
     })?;
@@ -257,6 +257,14 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
+/// Runs a daemon, whose end does not wait for threads: one may wait for a silent name server, or for a device.
+fn run_to_end<T>(daemon: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(daemon);
+    runtime.shutdown_background();
+    outcome
+}
+
 /// Ends at SIGTERM or SIGINT.
 fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -279,13 +287,11 @@ fn run_node(options: Node) -> anyhow::Result<ExitCode> {
         close_timeout: Duration::from_secs(options.close_timeout),
         observer: observer(options.metrics)?,
     };
-    let (runtime, metrics) = (runtime()?, options.metrics);
-    runtime.block_on(async {
+    let metrics = options.metrics;
+    run_to_end(async {
         let _served = show(config.observer.as_ref(), metrics).await?;
         anyhow::Ok(node::run(config, shutdown_signal()?).await?)
     })?;
-    // A thread that waits for news of the kernel does not end by itself.
-    runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)
 }
 

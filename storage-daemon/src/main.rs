@@ -24,6 +24,8 @@ use tracing_subscriber::EnvFilter;
 const CONTROL_THREADS: usize = 1;
 /// How long calls of the administration may still take when the daemon stops.
 const CALLS_TIMEOUT: Duration = Duration::from_secs(2);
+/// At the end, time for threads that still look at a disk that does not answer, or wait for a name server.
+const THREADS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves a node's disks to Ashlar's volumes.
 #[derive(Parser)]
@@ -222,7 +224,9 @@ fn serve(arguments: Serve) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the control plane's threads")?;
-    runtime.block_on(run(config, arguments.metrics))
+    let outcome = runtime.block_on(run(config, arguments.metrics));
+    runtime.shutdown_timeout(THREADS_TIMEOUT);
+    outcome
 }
 
 async fn run(config: ServeConfig, observed_at: Option<SocketAddr>) -> anyhow::Result<()> {

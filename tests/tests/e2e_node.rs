@@ -61,6 +61,14 @@ fn wait_busy(node: &mut AttachNode) {
     );
 }
 
+/// Waits until the attachment is in this state.
+fn wait_state(node: &mut AttachNode, state: &str) {
+    node.ok(&format!(
+        "for i in $(seq 300); do /share/nbd-client list | grep -q ' {state} ' && exit 0; sleep 0.05; done; \
+         /share/nbd-client list; exit 1"
+    ));
+}
+
 /// The file system is whole, and the kernel has seen no error.
 fn check_clean(node: &mut AttachNode) {
     node.ok(
@@ -135,6 +143,24 @@ fn a_volume_becomes_a_device_with_a_file_system_and_goes_again() {
 
     node.json("attach data");
     node.ok("e2fsck -fn /dev/nbd0");
+    // The kernel's own view, also of a device of which this service knows nothing.
+    assert_eq!(node.attachment("data")["connected"], true);
+    let forget = "mkdir /share/aside && mv /share/state/attachments/* /share/aside";
+    node.ok(&format!("kill -9 $(cat /share/nbd.pid); {forget}"));
+    node.start_service();
+    node.wait_service();
+    assert_eq!(node.json("list"), serde_json::json!([]));
+    let text = node.ok("/share/nbd-client list");
+    let id = volume["id"].as_str().unwrap();
+    let line = format!("not attached by this service: /dev/nbd0 (backend \"{id}\")");
+    assert!(text.contains(&line), "{text}");
+    node.ok("kill -9 $(cat /share/nbd.pid); mv /share/aside/* /share/state/attachments");
+    node.start_service();
+    node.wait_service();
+    wait_state(&mut node, "attached");
+    let text = node.ok("/share/nbd-client list");
+    assert!(text.contains(" connected"), "{text}");
+    assert!(!text.contains("not attached by this service"), "{text}");
     let text = node.refused("attach nothing");
     assert!(text.contains("NotFound"), "{text}");
     node.json("detach data");
@@ -155,9 +181,7 @@ fn fio_on_ext4_waits_while_the_process_is_killed_and_started_again() {
         node.ok(&format!("kill -9 $(cat /share/nbd.pid); sleep {away}"));
         node.start_service();
         node.wait_service();
-        node.ok(
-            "for i in $(seq 300); do /share/nbd-client list | grep -q ' attached' && exit 0; sleep 0.05; done; exit 1",
-        );
+        wait_state(&mut node, "attached");
     }
     let (status, output) = node.finish(run, MINUTE * 2);
     assert_eq!(status, 0, "{output}\n{}", node.log_tail());
@@ -350,6 +374,74 @@ fn a_read_only_device_is_read_and_not_written() {
     node.json("detach data");
 }
 
+/// Loads what loop devices are made of.
+const LOAD_LOOP: &str = "for m in fuse loop; do insmod $(find /lib/modules/$(uname -r)/ -name $m.ko) 2>/dev/null || true; done; \
+                         test -e /dev/fuse && test -e /dev/loop-control";
+
+/// Nothing is left of a loop device.
+const NO_LOOP: &str = "for i in $(seq 100); do \
+     { losetup -a; mount | grep fuse.nbdfuse; pgrep nbdfuse; ls /share/state/loop; } > /tmp/left 2>&1; \
+     [ -s /tmp/left ] || exit 0; sleep 0.05; done; cat /tmp/left; exit 1";
+
+#[test]
+fn a_loop_device_outlives_an_upgrade_and_is_reported_as_broken_after_a_crash() {
+    if !ready() || !have(&["nbdfuse", "losetup"]) {
+        return;
+    }
+    let network = Network::new(1);
+    let cluster = Cluster::up(network.cluster());
+    cluster.volume("data", "256MiB", 3);
+    let mut node = AttachNode::boot_with(&network, &cluster, 1, "node-1", LOAD_LOOP);
+    node.json("attach data --device loop");
+    node.ok("mkfs.ext4 -q /dev/loop0 && mount /dev/loop0 /mnt && echo kept > /mnt/file && sync");
+    // An upgrade passes the connections on: nothing breaks, also while requests are under way.
+    let run = node.background(&fio(8));
+    node.ok(
+        "for i in $(seq 200); do ls /mnt/v.* >/dev/null 2>&1 && exit 0; sleep 0.05; done; exit 1",
+    );
+    let old = node.ok("cat /share/nbd.pid");
+    node.start_service();
+    node.ok(&format!(
+        "for i in $(seq 300); do kill -0 {} 2>/dev/null || exit 0; sleep 0.05; done; exit 1",
+        old.trim()
+    ));
+    node.wait_service();
+    wait_state(&mut node, "attached");
+    let (status, output) = node.finish(run, MINUTE * 2);
+    assert_eq!(status, 0, "{output}\n{}", node.log_tail());
+    node.ok("echo more > /mnt/more && sync && echo 3 > /proc/sys/vm/drop_caches && grep -q kept /mnt/file");
+    // A crash does, and that is said.
+    node.ok("kill -9 $(cat /share/nbd.pid)");
+    node.start_service();
+    node.wait_service();
+    let broken = node.attachment("data");
+    assert_eq!(
+        (&broken["state"], &broken["device"]),
+        (&"broken".into(), &"/dev/loop0".into()),
+        "{broken}"
+    );
+    assert!(
+        broken["detail"].as_str().unwrap().contains("unmount it"),
+        "{broken}"
+    );
+    for command in ["attach data --device loop", "detach data"] {
+        let text = node.refused(command);
+        assert!(
+            text.contains("unmount it") || text.contains("under way"),
+            "{text}"
+        );
+    }
+    node.ok("cat /mnt/* > /dev/null; umount /mnt");
+    // It goes by itself, and the volume is not held for ever.
+    node.ok("for i in $(seq 400); do [ \"$(/share/nbd-client list -o json)\" = '[]' ] && exit 0; sleep 0.05; done; exit 1");
+    node.ok(NO_LOOP);
+    let volume = cluster.json(&["volume", "show", "data"]);
+    assert!(volume["holder"].is_null(), "{volume}");
+    node.json("attach data --device loop");
+    node.ok("e2fsck -fy /dev/loop0 > /dev/null; mount /dev/loop0 /mnt && grep -q kept /mnt/file && grep -q more /mnt/more && umount /mnt");
+    node.json("detach data");
+}
+
 #[test]
 fn a_kernel_without_nbd_says_so_and_loop_devices_work() {
     if !ready() || !have(&["nbdfuse", "losetup"]) {
@@ -358,9 +450,7 @@ fn a_kernel_without_nbd_says_so_and_loop_devices_work() {
     let network = Network::new(1);
     let cluster = Cluster::up(network.cluster());
     cluster.volume("data", "256MiB", 3);
-    let load = "for m in fuse loop; do insmod $(find /lib/modules/$(uname -r)/ -name $m.ko) 2>/dev/null || true; done; \
-                test -e /dev/fuse && test -e /dev/loop-control";
-    let mut node = AttachNode::boot_with(&network, &cluster, 1, "node-1", load);
+    let mut node = AttachNode::boot_with(&network, &cluster, 1, "node-1", LOAD_LOOP);
     // Whoever loads modules by itself finds none.
     node.ok("mount -t tmpfs none /lib/modules");
     let text = node.refused("attach data");

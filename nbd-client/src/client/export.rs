@@ -196,9 +196,9 @@ impl Export {
     }
 
     /// Takes over a client past the handshake.
-    pub fn adopt(&mut self, conn: ConnId) {
+    pub fn adopt(&mut self, conn: ConnId, negotiated: nbd::Negotiated) {
         // As every new peer it is marked for flushing, which clears the mark.
-        self.peers.insert(conn, Peer::in_transmission());
+        self.peers.insert(conn, Peer::in_transmission(negotiated));
         self.dirty.push(conn);
     }
 

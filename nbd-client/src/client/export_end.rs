@@ -5,8 +5,11 @@
 //! - A connection is given back only when nothing of it is under way, at the border of two requests.
 //! - A request of which parts are missing when the volume closes is never answered: its connection ends.
 
+use std::os::fd::OwnedFd;
+
 use ashlar_platform::clock::Time;
 use ashlar_platform::reactor::{ConnId, Reactor};
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::export::Export;
@@ -38,10 +41,15 @@ impl Export {
     }
 
     /// The reactor has given a connection's socket back.
-    pub fn released(&mut self, conn: ConnId, passed: PassedSocket) {
+    pub fn released(&mut self, conn: ConnId, socket: OwnedFd, received: Bytes) {
         // First, for the release ends with the last peer.
-        if let Some(release) = &mut self.release {
-            release.passed.push(passed);
+        if let (Some(release), Some(peer)) = (&mut self.release, self.peers.get(&conn)) {
+            let negotiated = peer.protocol.negotiated();
+            release.passed.push(PassedSocket {
+                socket,
+                received,
+                negotiated,
+            });
         }
         self.closed(conn);
     }

@@ -13,6 +13,7 @@ use super::stats::VolumeStats;
 use crate::engine::{
     ClientError, ClientOp, ClientReply, MetadataRequest, SessionEvent, StopReason,
 };
+use crate::nbd::Negotiated;
 
 /// Where a volume is served.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,6 +33,8 @@ pub struct PassedSocket {
     pub socket: OwnedFd,
     /// Bytes that came in and belong to requests not begun.
     pub received: Bytes,
+    /// How its replies are to be.
+    pub negotiated: Negotiated,
 }
 
 /// Where the answer to a request of this process goes.

@@ -54,8 +54,8 @@ impl Peer {
     }
 
     /// A client past the handshake.
-    pub fn in_transmission() -> Self {
-        Self::with(nbd::Connection::transmission())
+    pub fn in_transmission(negotiated: nbd::Negotiated) -> Self {
+        Self::with(nbd::Connection::transmission(negotiated))
     }
 
     fn with(protocol: nbd::Connection) -> Self {

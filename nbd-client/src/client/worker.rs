@@ -145,7 +145,7 @@ impl Worker {
             } => {
                 if let Some(at) = self.nbd.remove(&conn) {
                     if let Some(export) = &mut self.exports[at] {
-                        export.released(conn, PassedSocket { socket, received });
+                        export.released(conn, socket, received);
                     }
                     self.touch(at);
                 }
@@ -307,7 +307,7 @@ impl Worker {
             }
             match self.reactor.adopt_with(passed.socket, &passed.received) {
                 Ok(conn) => {
-                    export.adopt(conn);
+                    export.adopt(conn, passed.negotiated);
                     self.nbd.insert(conn, at);
                 }
                 Err(error) => {

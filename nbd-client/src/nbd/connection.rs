@@ -44,17 +44,20 @@ impl Connection {
         }
     }
 
-    /// A connection without handshake: both sides know the export, and the replies are simple ones. So
-    /// does the kernel's client speak.
-    pub fn transmission() -> Self {
-        let negotiated = Negotiated {
-            structured: false,
-            base_allocation: false,
-        };
+    /// A connection past its handshake: both sides know the export, and how to reply. The kernel's client begins so.
+    pub fn transmission(negotiated: Negotiated) -> Self {
         Self {
             phase: Phase::Transmission(Transmission::new(negotiated)),
             output: Output::default(),
             wanted: 0,
+        }
+    }
+
+    /// What the handshake came to; nothing while it lasts.
+    pub fn negotiated(&self) -> Negotiated {
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.negotiated(),
+            Phase::Handshake(_) | Phase::Ended => Negotiated::default(),
         }
     }
 

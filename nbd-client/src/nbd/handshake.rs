@@ -16,9 +16,9 @@ use super::constants::{
 };
 use super::{Export, Output, ProtocolError};
 
-/// What the client chose, when the handshake ends in transmission.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Negotiated {
+/// What the client chose, when the handshake ends in transmission. The kernel's client chooses nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Negotiated {
     /// Structured replies (spec, "Structured replies").
     pub structured: bool,
     /// BLOCK_STATUS with `base:allocation`.

@@ -23,6 +23,7 @@ pub use constants::{
     EINVAL, EIO, ENOMEM, ENOSPC, ENOTSUP, EOVERFLOW, EPERM, MAX_OPTION_LENGTH, MAX_PART_LENGTH,
     MAX_REQUEST_LENGTH, STATE_HOLE, STATE_ZERO,
 };
+pub use handshake::Negotiated;
 pub use output::{Output, ZEROES};
 pub use replies::{Extent, ReplyStyle};
 pub use transmission::{Command, Request};

@@ -136,6 +136,11 @@ impl Transmission {
         }
     }
 
+    /// What the client chose.
+    pub fn negotiated(&self) -> Negotiated {
+        self.negotiated
+    }
+
     /// Whether no request is half received.
     pub fn at_boundary(&self) -> bool {
         self.write.is_none() && self.skip == 0

@@ -23,11 +23,11 @@ const CONNECTIONS_DEFAULT: u32 = 2;
 /// Most connections of a device.
 const CONNECTIONS_MAX: u32 = 16;
 /// Time for a volume to open: fencing, a lease, reconciling, and replicas that come back.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(45);
+pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(45);
 /// Time for what this process does alone.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time for a volume that could not be opened to be closed.
-const UNDO_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const UNDO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time for the metadata cluster's new size to reach the volume's session.
 const RESIZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a read that shows that the device's connections carry requests.
@@ -96,6 +96,12 @@ impl AttachRequest {
                     present.detail
                 )));
             }
+            State::Broken => {
+                return Err(NodeError::Precondition(format!(
+                    "volume {name} was attached before: {}",
+                    present.detail
+                )));
+            }
             State::Fenced => {
                 return Err(NodeError::Precondition(format!(
                     "volume {name} was taken from this node: {}; detach it before it is attached again",
@@ -138,6 +144,9 @@ impl Attachments {
         if let Some(id) = known {
             // What is there needs no metadata.
             let claim = self.claim(id)?;
+            if let Some(present) = claim.get().filter(|a| a.state == State::Broken) {
+                self.clear_away(&claim, &present).await?;
+            }
             if let Some(present) = claim.get() {
                 request.fits(&present)?;
                 let hosted = present.hosted.clone();
@@ -348,6 +357,7 @@ async fn connect(
         ours.push(PassedSocket {
             socket: our,
             received: Default::default(),
+            negotiated: Default::default(),
         });
         kernels.push(kernel);
     }

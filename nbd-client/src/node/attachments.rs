@@ -6,6 +6,7 @@
 //! | Recovering (after a start) | Attached; Fenced; gone (the device is) |
 //! | Attached | Fenced (another client took the volume over); Detaching |
 //! | Fenced | Detaching |
+//! | Broken (after a start, a loop device whose server is gone) | gone, as soon as nobody uses it; Detaching |
 //! | Detaching | gone; stays so if the volume cannot be closed now, and a further detach goes on |
 //!
 //! Invariants:
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ashlar_proto::ids::{Epoch, NodeId, VolumeId};
+use ashlar_proto::ids::{ClientId, Epoch, NodeId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 use tokio::sync::{Notify, OnceCell};
 use tonic::{Code, Status};
@@ -45,16 +46,19 @@ pub enum State {
     Fenced,
     /// Being taken down.
     Detaching,
+    /// Its server ended with the last process, and requests fail for good.
+    Broken,
 }
 
 impl State {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Attaching,
         Self::Attached,
         Self::Recovering,
         Self::Fenced,
         Self::Detaching,
+        Self::Broken,
     ];
 
     /// As metrics call it.
@@ -65,6 +69,7 @@ impl State {
             Self::Recovering => "recovering",
             Self::Fenced => "fenced",
             Self::Detaching => "detaching",
+            Self::Broken => "broken",
         }
     }
 }
@@ -116,6 +121,8 @@ pub struct Attachments {
 /// What all operations share.
 pub(super) struct Shared {
     pub host: Host,
+    /// This process and those before and after it, as holders of volumes.
+    pub client: ClientId,
     pub records: Records,
     pub boot_id: String,
     /// Where sockets of loop devices live.
@@ -235,6 +242,7 @@ impl Attachments {
     /// None yet; see `recovery` for those of the last process.
     pub(super) fn new(
         host: Host,
+        client: ClientId,
         records: Records,
         boot_id: String,
         state_dir: PathBuf,
@@ -243,6 +251,7 @@ impl Attachments {
         Self {
             shared: Arc::new(Shared {
                 host,
+                client,
                 records,
                 boot_id,
                 state_dir,
@@ -281,6 +290,12 @@ impl Attachments {
     /// Operations under way.
     pub(super) fn operations(&self) -> usize {
         self.shared.slots().values().filter(|s| s.claimed).count()
+    }
+
+    /// Whether a device is being taken back.
+    pub(super) fn is_recovering(&self) -> bool {
+        let all = self.shared.all();
+        all.iter().any(|a| a.state == State::Recovering)
     }
 
     /// All attachments, or one.

@@ -159,21 +159,26 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
             }
         }
         Command::List { common } => {
-            let all = list(&common).await?;
-            show(&all, common.output)?;
+            let found = list(&common).await?;
+            show(&found.attachments, &found.others, common.output)?;
         }
         Command::Resize { volume, common } => {
             let (name, id) = named(volume);
             let volume_id = match id.is_empty() {
                 false => id,
-                true => match list(&common).await?.into_iter().find(|a| a.volume == name) {
+                true => match list(&common)
+                    .await?
+                    .attachments
+                    .into_iter()
+                    .find(|a| a.volume == name)
+                {
                     Some(found) => found.volume_id,
                     None => bail!("volume {name} is not attached to this node"),
                 },
             };
             let request = pb::ResizeRequest { volume_id };
             let made = answer(connect(&common).await?.resize(request).await)?;
-            show(std::slice::from_ref(&made), common.output)?;
+            show(std::slice::from_ref(&made), &[], common.output)?;
         }
     }
     Ok(())
@@ -204,11 +209,11 @@ fn answer<T>(result: Result<tonic::Response<T>, tonic::Status>) -> anyhow::Resul
     }
 }
 
-async fn list(common: &Common) -> anyhow::Result<Vec<pb::Attachment>> {
+async fn list(common: &Common) -> anyhow::Result<pb::ListResponse> {
     let request = pb::ListRequest {
         volume_id: Vec::new(),
     };
-    Ok(answer(connect(common).await?.list(request).await)?.attachments)
+    answer(connect(common).await?.list(request).await)
 }
 
 fn id_text(bytes: &[u8]) -> String {
@@ -239,10 +244,11 @@ fn json(a: &pb::Attachment) -> serde_json::Value {
         "detail": a.detail,
         "has_data": a.has_data,
         "attached_unix_ms": a.attached_unix_ms,
+        "connected": a.connected,
     })
 }
 
-fn show(all: &[pb::Attachment], output: Output) -> anyhow::Result<()> {
+fn show(all: &[pb::Attachment], others: &[pb::OtherDevice], output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
         let rows: Vec<_> = all.iter().map(json).collect();
         println!("{}", serde_json::to_string_pretty(&rows)?);
@@ -250,7 +256,9 @@ fn show(all: &[pb::Attachment], output: Output) -> anyhow::Result<()> {
     }
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["VOLUME", "DEVICE", "SIZE", "MODE", "STATE", "DETAIL"]);
+    table.set_header([
+        "VOLUME", "DEVICE", "SIZE", "MODE", "STATE", "KERNEL", "DETAIL",
+    ]);
     for a in all {
         table.add_row([
             a.volume.clone(),
@@ -258,9 +266,21 @@ fn show(all: &[pb::Attachment], output: Output) -> anyhow::Result<()> {
             a.size_bytes.to_string(),
             if a.read_only { "ro" } else { "rw" }.to_owned(),
             state_text(a),
+            match a.connected {
+                Some(true) => "connected",
+                Some(false) => "not set up",
+                None => "-",
+            }
+            .to_owned(),
             a.detail.clone(),
         ]);
     }
     println!("{table}");
+    for other in others {
+        println!(
+            "not attached by this service: {} (backend {:?})",
+            other.device, other.backend
+        );
+    }
     Ok(())
 }

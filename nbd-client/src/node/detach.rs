@@ -52,6 +52,9 @@ impl Attachments {
         present: &Attachment,
         force: bool,
     ) -> Result<(), NodeError> {
+        if present.state == State::Broken {
+            return self.detach_broken(claim, present, force).await;
+        }
         let lost = present.state == State::Fenced;
         if !force && !lost {
             require_unused(present).await?;
@@ -83,6 +86,22 @@ impl Attachments {
         Ok(())
     }
 
+    /// What the task that watches over a broken device would do by itself; by force also while it is used.
+    async fn detach_broken(
+        &self,
+        claim: &Claim,
+        present: &Attachment,
+        force: bool,
+    ) -> Result<(), NodeError> {
+        if force && require_unused(present).await.is_err() {
+            // It goes with its last user, who gets errors anyway.
+            self.take_down(present).await?;
+            claim.change(|a| a.record.index = None);
+        }
+        let present = claim.get().unwrap_or_else(|| present.clone());
+        self.clear_away(claim, &present).await
+    }
+
     /// Takes the device down, if it is still this volume's.
     pub(super) async fn take_down(&self, present: &Attachment) -> Result<(), NodeError> {
         let index = present.record.index;
@@ -105,7 +124,7 @@ impl Attachments {
     }
 }
 
-async fn require_unused(present: &Attachment) -> Result<(), NodeError> {
+pub(super) async fn require_unused(present: &Attachment) -> Result<(), NodeError> {
     let Some(path) = present.device() else {
         return Ok(());
     };

@@ -84,6 +84,18 @@ pub fn find(wanted: &str) -> Option<u32> {
     })
 }
 
+/// The devices that the kernel has set up, whoever did it. A device stays in the list when its server dies, so this
+/// says nothing about whether requests are answered; and CONNECT needs none of it, as the kernel chooses a free number.
+/// Blocks.
+///
+/// # Errors
+/// If the kernel has no NBD, or refuses.
+pub fn connected() -> Result<Vec<u32>, DeviceError> {
+    let all = Nbd::open()?.status(None)?;
+    let connected = all.into_iter().filter(|device| device.connected);
+    Ok(connected.map(|device| device.index).collect())
+}
+
 /// Whether the device is set up for this backend.
 pub fn is_ours(index: u32, wanted: &str) -> bool {
     backend(index).is_some_and(|found| found == wanted)

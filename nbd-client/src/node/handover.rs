@@ -34,6 +34,7 @@ use super::attachments::{Attachment, Attachments, State};
 use super::record::Record;
 use crate::client::{Ended, PassedSocket};
 use crate::engine::ClientOp;
+use crate::nbd::Negotiated;
 
 /// What the new process says first: a version.
 pub const HELLO: &[u8; 8] = b"ASHLHO01";
@@ -45,7 +46,8 @@ const BODY_MAX: u32 = 256 * 1024 * 1024;
 const SOCKETS_MAX: usize = 64;
 /// Time for either side to say the next thing.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// Time for operations under way, before volumes are passed.
+/// Time for operations under way and for devices that are being taken back, before volumes are passed. With the
+/// time for the steps of a volume it stays below [`SILENCE_MAX`]. All is served meanwhile.
 const OPERATIONS_TIMEOUT: Duration = Duration::from_secs(10);
 const OPERATIONS_POLL: Duration = Duration::from_millis(10);
 /// Time for a volume's first flush, which is only to make the second a short one.
@@ -61,10 +63,13 @@ pub fn path(state_dir: &Path) -> PathBuf {
 #[derive(Serialize, Deserialize, Debug)]
 #[serde(tag = "message", rename_all = "kebab-case")]
 enum Header {
-    /// A volume; lengths of what each socket received.
+    /// A volume; of each socket the length of what it received, and whether its replies are structured and its
+    /// block status negotiated (a former version does not say so, and has only the kernel's sockets).
     Volume {
         record: Box<Record>,
         received: Vec<u32>,
+        #[serde(default)]
+        negotiated: Vec<(bool, bool)>,
     },
     /// Nothing follows.
     End,
@@ -89,9 +94,12 @@ fn send(mut stream: &UnixStream, passed: Option<&Passed>) -> io::Result<()> {
         None => (Header::End, &[][..]),
         Some(passed) => {
             let lengths = passed.sockets.iter().map(|s| s.received.len() as u32);
+            let negotiated = passed.sockets.iter().map(|s| s.negotiated);
+            let negotiated = negotiated.map(|n| (n.structured, n.base_allocation));
             let header = Header::Volume {
                 record: Box::new(passed.record.clone()),
                 received: lengths.collect(),
+                negotiated: negotiated.collect(),
             };
             (header, &passed.sockets[..])
         }
@@ -159,18 +167,32 @@ fn receive(mut stream: &UnixStream) -> io::Result<Option<Passed>> {
     let mut body = Bytes::from(body);
     match serde_json::from_slice(&header)? {
         Header::End => Ok(None),
-        Header::Volume { record, received } => {
+        Header::Volume {
+            record,
+            received,
+            negotiated,
+        } => {
             let total: u64 = received.iter().map(|n| u64::from(*n)).sum();
             if received.len() != sockets.len() || total != body.len() as u64 {
                 return Err(invalid("the parts of a message do not fit together"));
             }
-            let sockets = sockets
-                .into_iter()
-                .zip(received)
-                .map(|(socket, length)| PassedSocket {
-                    socket,
-                    received: body.split_to(length as usize),
-                });
+            let sockets =
+                sockets
+                    .into_iter()
+                    .zip(received)
+                    .enumerate()
+                    .map(|(at, (socket, length))| {
+                        let (structured, base_allocation) =
+                            negotiated.get(at).copied().unwrap_or_default();
+                        PassedSocket {
+                            socket,
+                            received: body.split_to(length as usize),
+                            negotiated: Negotiated {
+                                structured,
+                                base_allocation,
+                            },
+                        }
+                    });
             Ok(Some(Passed {
                 record: *record,
                 sockets: sockets.collect(),
@@ -237,7 +259,9 @@ impl Attachments {
         };
         self.refuse_operations();
         let until = tokio::time::Instant::now() + OPERATIONS_TIMEOUT;
-        while self.operations() > 0 && tokio::time::Instant::now() < until {
+        // What was itself only just handed over may not be open yet: to let it go now would drop connections that are alive.
+        while (self.operations() > 0 || self.is_recovering()) && tokio::time::Instant::now() < until
+        {
             tokio::time::sleep(OPERATIONS_POLL).await;
         }
         let (sender, mut ready) = mpsc::channel::<Passed>(1);
@@ -328,6 +352,10 @@ mod tests {
             PassedSocket {
                 socket: a.into(),
                 received: Bytes::copy_from_slice(bytes),
+                negotiated: Negotiated {
+                    structured: bytes.is_empty(),
+                    base_allocation: false,
+                },
             }
         });
         let sockets = sockets.collect();
@@ -363,6 +391,7 @@ mod tests {
         assert_eq!(got.record, records[0]);
         assert_eq!(got.sockets.len(), 2);
         assert!(got.sockets[0].received.is_empty() && got.sockets[1].received == big);
+        assert!(got.sockets[0].negotiated.structured && !got.sockets[1].negotiated.structured);
         assert_eq!(receive(&theirs).unwrap().unwrap().record, records[1]);
         assert!(receive(&theirs).unwrap().is_none());
         sender.join().unwrap();

@@ -2,6 +2,7 @@
 //! the ends of this process.
 //!
 //! - `netlink`, `device`: kernel NBD. `loopdev`: the alternative for kernels without it.
+//!   `stale`: those of its devices that cannot be taken back.
 //! - `record`: what the next process must know. `recovery`: taking devices back, and watching over their
 //!   connections. `handover`: passing them to the next process without a dead socket.
 //! - `attachments`: the attachments and the claims on them. `attach`, `detach`: the operations.
@@ -27,6 +28,7 @@ pub mod record;
 mod recovery;
 mod run;
 mod service;
+mod stale;
 
 pub use attachments::Attachments;
 pub use error::NodeError;

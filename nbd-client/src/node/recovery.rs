@@ -32,7 +32,7 @@ const ADOPT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether a volume may be opened again for a waiting device.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+pub(super) enum Verdict {
     Open {
         first_open: bool,
     },
@@ -41,7 +41,7 @@ enum Verdict {
 }
 
 /// `closed`: the epoch in which the last process closed the volume, if it did.
-fn verdict(volume: &pb::Volume, client: ClientId, closed: Option<u64>) -> Verdict {
+pub(super) fn verdict(volume: &pb::Volume, client: ClientId, closed: Option<u64>) -> Verdict {
     match &volume.holder {
         Some(holder) if holder.client_id == client.to_vec() => {}
         Some(holder) => {
@@ -65,10 +65,37 @@ impl Attachments {
             if self.shared.get(record.volume_id).is_none()
                 && let Some(record) = self.leftover(record)?
             {
-                self.take_back(record, client, Vec::new())?;
+                match record.kind {
+                    // Its connections ended with the last process.
+                    Kind::Loop => self.break_off(record)?,
+                    Kind::Nbd => self.take_back(record, client, Vec::new())?,
+                }
             }
         }
+        match blocking(device::connected).await {
+            Ok(connected) => {
+                for (index, backend) in self.others(&connected) {
+                    let device = device::path(index);
+                    tracing::info!(device = %device.display(), backend, "the kernel has a device that is none of ours");
+                }
+            }
+            Err(error) => tracing::debug!(%error, "the kernel does not tell its devices"),
+        }
         Ok(())
+    }
+
+    /// Of the devices that the kernel has set up, those that are no attachment here, with their backends: made by
+    /// somebody else, or their records are lost.
+    pub(super) fn others(&self, connected: &[u32]) -> Vec<(u32, String)> {
+        let all = self.shared.all();
+        let ours = |index: u32| {
+            all.iter()
+                .any(|a| a.record.kind == Kind::Nbd && a.record.index == Some(index))
+        };
+        let others = connected.iter().filter(|index| !ours(**index));
+        others
+            .map(|index| (*index, device::backend(*index).unwrap_or_default()))
+            .collect()
     }
 
     /// The record with its device, if the device is there; else the record is dropped.
@@ -84,11 +111,15 @@ impl Attachments {
                 return Ok(Some(record));
             }
         }
+        if record.boot_id == self.shared.boot_id && record.kind == Kind::Loop {
+            record.index = self.place(record.volume_id).find();
+            return Ok(Some(record));
+        }
         if record.kind == Kind::Loop {
-            // Its server is gone with the last process.
+            // What a former run of the kernel left in directories.
             let place = self.place(record.volume_id);
-            if let Err(error) = loopdev::detach(&place, record.index) {
-                tracing::warn!(volume = record.volume, %error, "cannot take down the loop device of the last process");
+            if let Err(error) = loopdev::detach(&place, None) {
+                tracing::warn!(volume = record.volume, %error, "cannot clear the place of a loop device");
             }
         }
         let volume = &record.volume;
@@ -183,7 +214,7 @@ impl Attachments {
             passed_count,
             "took a device back"
         );
-        if let Some(index) = present.record.index {
+        if let (Kind::Nbd, Some(index)) = (present.record.kind, present.record.index) {
             let size = hosted.status().size_bytes;
             if let Err(error) = fit_size(&present.record, index, &hosted, size).await {
                 tracing::warn!(%volume, %error, "the device keeps its size for now");
@@ -315,8 +346,12 @@ impl Attachments {
             match blocking(move || device::replace_socket(index, &backend)).await? {
                 Some(socket) => {
                     pause = OFFER_PAUSE_MIN;
-                    let received = Default::default();
-                    hosted.adopt(vec![PassedSocket { socket, received }]).await;
+                    let passed = PassedSocket {
+                        socket,
+                        received: Default::default(),
+                        negotiated: Default::default(),
+                    };
+                    hosted.adopt(vec![passed]).await;
                     let count = status.connections + 1;
                     let adopted = hosted.wait(|s| s.connections >= count);
                     // If it is lost again meanwhile the next turn offers another.

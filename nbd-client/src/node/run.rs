@@ -25,7 +25,7 @@ use super::device;
 use super::error::NodeError;
 use super::handover;
 use super::netlink::Nbd;
-use super::record::{self, Records};
+use super::record::{self, Kind, Records};
 use super::service::Service;
 use crate::client::{Host, HostConfig, HostError};
 use crate::metrics::{ATTACHMENTS, DEAD_CONNECTIONS};
@@ -125,20 +125,32 @@ pub async fn run(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Resu
     })?;
     let attachments = Attachments::new(
         host,
+        client,
         records,
         uuid::Uuid::from_bytes(boot_id).to_string(),
         config.state_dir.clone(),
         config.node.clone(),
     );
-    if !locked {
-        // What can be learned before is learned before: the devices' users wait meanwhile.
-        if let Err(error) = attachments.node().await {
-            tracing::warn!(%error, "metadata does not say this node's id yet");
+    let starting = async {
+        if !locked {
+            // What can be learned before is learned before: the devices' users wait meanwhile.
+            if let Err(error) = attachments.node().await {
+                tracing::warn!(%error, "metadata does not say this node's id yet");
+            }
+            succeed(&attachments, client, &config.state_dir).await;
+            wait_lock(&file, &config.state_dir).await?;
         }
-        succeed(&attachments, client, &config.state_dir).await;
-        wait_lock(&file, &config.state_dir).await?;
+        Ok::<_, RunError>(attachments.recover(client).await?)
+    };
+    tokio::pin!(shutdown);
+    tokio::select! {
+        started = starting => started?,
+        () = &mut shutdown => {
+            attachments.leave(LEAVE_TIMEOUT).await;
+            threads.join();
+            return Ok(());
+        }
     }
-    attachments.recover(client).await?;
     watch_links(&attachments);
     let successors = listen(&handover::path(&config.state_dir))
         .map_err(state("cannot listen for a successor in it"))?;
@@ -167,7 +179,7 @@ pub async fn run(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Resu
             threads.join();
             return Ok(());
         }
-        () = shutdown => Ok(()),
+        () = &mut shutdown => Ok(()),
     };
     attachments.leave(LEAVE_TIMEOUT).await;
     threads.join();
@@ -228,7 +240,11 @@ async fn succeed(attachments: &Attachments, client: ClientId, state_dir: &Path) 
     while let Some(passed) = volumes.recv().await {
         let volume = passed.record.volume.clone();
         let index = passed.record.index;
-        if !index.is_some_and(|i| device::is_ours(i, &passed.record.backend())) {
+        let there = index.is_some_and(|i| match passed.record.kind {
+            Kind::Nbd => device::is_ours(i, &passed.record.backend()),
+            Kind::Loop => attachments.place(passed.record.volume_id).has(i),
+        });
+        if !there {
             tracing::warn!(volume, "was handed a device that is gone");
             continue;
         }

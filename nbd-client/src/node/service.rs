@@ -7,7 +7,7 @@ use ashlar_proto::rpc::node as pb;
 use ashlar_proto::rpc::node::node_attach_server::NodeAttach;
 use tonic::{Request, Response, Status};
 
-use super::attach::AttachRequest;
+use super::attach::{AttachRequest, blocking};
 use super::attachments::{Attachment, Attachments, State, VolumeName};
 use super::device;
 use super::error::NodeError;
@@ -88,8 +88,28 @@ impl NodeAttach for Service {
     ) -> Result<Response<pb::ListResponse>, Status> {
         let only = optional_id(&request.into_inner().volume_id)?;
         let all = self.attachments.list(only);
+        // Without NBD there is nothing to tell.
+        let connected = blocking(device::connected).await.ok();
+        let with_kernel = |a: &Attachment| {
+            let nbd = (a.record.kind == Kind::Nbd).then_some(a.record.index);
+            let mut message = message(a);
+            message.connected = nbd.flatten().and_then(|index| {
+                let connected = connected.as_ref()?;
+                Some(connected.contains(&index))
+            });
+            message
+        };
+        let others = match &connected {
+            Some(connected) if only.is_none() => self.attachments.others(connected),
+            _ => Vec::new(),
+        };
+        let other = |(index, backend)| pb::OtherDevice {
+            device: device::path(index).display().to_string(),
+            backend,
+        };
         Ok(Response::new(pb::ListResponse {
-            attachments: all.iter().map(message).collect(),
+            attachments: all.iter().map(with_kernel).collect(),
+            others: others.into_iter().map(other).collect(),
         }))
     }
 
@@ -141,6 +161,7 @@ fn message(a: &Attachment) -> pb::Attachment {
         State::Recovering => pb::AttachmentState::Recovering,
         State::Fenced => pb::AttachmentState::Fenced,
         State::Detaching => pb::AttachmentState::Detaching,
+        State::Broken => pb::AttachmentState::Broken,
     };
     let volume_size = || a.hosted.as_ref().map_or(0, |h| h.status().size_bytes);
     pb::Attachment {
@@ -159,6 +180,7 @@ fn message(a: &Attachment) -> pb::Attachment {
         detail: a.detail.clone(),
         has_data: None,
         attached_unix_ms: record.attached_unix_ms,
+        connected: None,
     }
 }
 
