@@ -318,8 +318,9 @@ fn a_frozen_node_that_wakes_up_and_writes_is_refused() {
     old.json("attach data");
     let writer = old.background(
         "n=0; while true; do n=$((n+1)); printf '%-4096d' $n | dd of=/dev/nbd0 bs=4096 count=1 oflag=direct status=none \
-         || exit 7; echo $n > /share/last; done",
+         || exit 7; echo $n > /share/next; mv /share/next /share/last; done",
     );
+    // Renamed, so that a freeze never leaves it empty.
     old.ok("for i in $(seq 200); do [ \"$(cat /share/last 2>/dev/null)\" -gt 20 ] && exit 0; sleep 0.05; done; exit 1");
     old.node.freeze();
     let text = new.refused("attach data");
