@@ -57,11 +57,17 @@ build() {
     buildah bud --isolation chroot --network host --layers --format oci --quiet $apt_options \
         --build-arg "BASE=localhost/ashlar-base:$suite" "$@" >/dev/null
 }
-containers=
 trees=
+# Containers, those of a run that was killed, too, and layers of what was built before: else the storage, where each is a
+# whole copy, grows with every run.
+tidy_up() {
+    [ -d "$work/storage" ] || return 0
+    buildah rm --all >/dev/null 2>&1 || true
+    buildah rmi --prune >/dev/null 2>&1 || true
+}
 cleanup() {
     code=$?
-    for container in $containers; do buildah rm "$container" >/dev/null 2>&1 || true; done
+    tidy_up
     for tree in $trees; do rm -rf "$tree"; done
     exit $code
 }
@@ -70,7 +76,6 @@ trap 'exit 1' INT TERM
 # A container of IMAGE; its name is in $container, its tree in $tree.
 from() {
     container=$(buildah from --pull-never "$1")
-    containers="$containers $container"
     tree=$(buildah mount "$container")
 }
 # Runs the shell's standard input in the container, as the image's user; arguments are options.
@@ -136,7 +141,6 @@ make_base() {
     trees="$trees $archive"
     tar -C "$tree" --numeric-owner -cf "$archive" .
     container=$(buildah from scratch)
-    containers="$containers $container"
     buildah add --quiet "$container" "$archive" / >/dev/null
     buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
     # What was mended since that release.
@@ -164,6 +168,8 @@ if [ -z "$(find "$stamp" -mtime -$days_max 2>/dev/null)" ] || ! buildah inspect 
 else
     ok "the base of an earlier run"
 fi
+
+tidy_up
 
 # --- both images ---
 if [ "$mode" = compile ]; then
