@@ -18,7 +18,8 @@ RUN cargo build --release --locked -p metadata-raft -p storage-daemon -p nbd-cli
     && mkdir /out \
     && for program in metadata-raft storage-daemon nbd-client csi-driver ashlar; do \
         strip --strip-unneeded -o "/out/$program" "target/release/$program" || exit 1; \
-    done
+    done \
+    && rm -rf target
 
 FROM scratch AS prebuilt
 COPY dist/ /out/

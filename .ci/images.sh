@@ -3,7 +3,8 @@
 # Usage: .ci/images.sh [DIRECTORY_OF_PROGRAMS]      checks images of programs that are already built
 #        .ci/images.sh compile [DIRECTORY]          compiles in a builder made here (with this machine's Rust), then
 #                                                   checks, and writes the images there as OCI archives
-# Needs root. ASHLAR_DEBIAN_MIRROR: another mirror for debootstrap; http_proxy is passed on to the builds.
+# Needs root. Packages come from where this machine's apt has them, through its proxy; ASHLAR_DEBIAN_MIRROR: from there
+# instead. The images do not show any of that: their own apt asks Debian.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -22,9 +23,10 @@ mkdir -p "$work"
 work=$(cd "$work" && pwd)
 # After so many days the base is made again, and with it everything on top.
 days_max=30
-# Bounds in MiB: the base, and what ashlar-node's packages add to it.
+# Bounds in MiB: the base, what ashlar-node's packages add to it, and the programs of one image.
 base_max=110
 packages_max=110
+programs_max=40
 
 skip() {
     echo "SKIPPED the images: $1" >&2
@@ -49,16 +51,23 @@ done
 buildah() {
     command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"
 }
-# With the machine's own network and DNS, as apt has them.
+# With the machine's own network, DNS and sources of packages, as apt has them.
 build() {
-    buildah bud --isolation chroot --network host --layers --format oci --quiet \
+    # shellcheck disable=SC2086 # options
+    buildah bud --isolation chroot --network host --layers --format oci --quiet $apt_options \
         --build-arg "BASE=localhost/ashlar-base:$suite" "$@" >/dev/null
 }
-containers=
 trees=
+# Containers, those of a run that was killed, too, and layers of what was built before: else the storage, where each is a
+# whole copy, grows with every run.
+tidy_up() {
+    [ -d "$work/storage" ] || return 0
+    buildah rm --all >/dev/null 2>&1 || true
+    buildah rmi --prune >/dev/null 2>&1 || true
+}
 cleanup() {
     code=$?
-    for container in $containers; do buildah rm "$container" >/dev/null 2>&1 || true; done
+    tidy_up
     for tree in $trees; do rm -rf "$tree"; done
     exit $code
 }
@@ -67,13 +76,48 @@ trap 'exit 1' INT TERM
 # A container of IMAGE; its name is in $container, its tree in $tree.
 from() {
     container=$(buildah from --pull-never "$1")
-    containers="$containers $container"
     tree=$(buildah mount "$container")
 }
-# Runs the shell's standard input in the container, as the image's user.
+# Runs the shell's standard input in the container, as the image's user; arguments are options.
 inside() {
-    buildah run --isolation chroot --network host "$container" -- /bin/sh -eu
+    buildah run --isolation chroot --network host "$@" "$container" -- /bin/sh -eu
 }
+
+# --- where packages come from: never a part of an image ---
+debian_sources() {
+    for part in "debian $suite" "debian $suite-updates" "debian-security $suite-security"; do
+        echo "deb http://deb.debian.org/$part main"
+    done
+}
+# Those of this machine's apt, if it has this Debian. (Not with a password in them: that would come into logs.)
+machine_sources() {
+    # shellcheck disable=SC2016 # for apt-get
+    apt-get indextargets --format '$(ORIGIN) $(CODENAME) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
+        awk -v s=$suite '$1 == "Debian" && $3 == "main" && $4 ~ "^https?://[^@]*$" &&
+            ($2 == s || $2 == s "-updates" || $2 == s "-security") { print "deb", $4, $2, "main" }' | sort -u
+}
+sources=$work/sources.list
+if [ -n "${ASHLAR_DEBIAN_MIRROR:-}" ]; then
+    echo "deb $ASHLAR_DEBIAN_MIRROR $suite main" >"$sources"
+else
+    machine_sources >"$sources"
+fi
+mirror=$(awk -v s=$suite '$3 == s { print $2; exit }' "$sources")
+[ -n "$mirror" ] || debian_sources >"$sources"
+apt_options="--volume $sources:/etc/apt/sources.list:ro"
+# Whom this machine trusts, apt in there trusts.
+if grep -q ' https:' "$sources" && [ -d /etc/ssl/certs ]; then
+    apt_options="$apt_options --volume /etc/ssl/certs:/etc/ssl/certs:ro"
+fi
+# buildah and debootstrap take the proxy from the environment.
+for scheme in http https; do
+    proxy=
+    eval "$(apt-config shell proxy "Acquire::$scheme::Proxy")"
+    case $proxy in
+    '' | DIRECT) ;;
+    *) eval "[ -n \"\${${scheme}_proxy:-}\" ] || export ${scheme}_proxy=\"\$proxy\"" ;;
+    esac
+done
 
 # --- a base like debian:bookworm-slim ---
 make_base() {
@@ -81,13 +125,14 @@ make_base() {
     trees="$trees $tree"
     rm -rf "$tree"
     # shellcheck disable=SC2086 # no argument or one
-    debootstrap --variant=minbase $suite "$tree" ${ASHLAR_DEBIAN_MIRROR:-} >"$work/debootstrap.log" 2>&1 || {
+    debootstrap --variant=minbase $suite "$tree" $mirror >"$work/debootstrap.log" 2>&1 || {
         tail -n 20 "$work/debootstrap.log" >&2
         return 1
     }
     printf '%s\n' 'path-exclude /usr/share/doc/*' 'path-include /usr/share/doc/*/copyright' \
         'path-exclude /usr/share/man/*' 'path-exclude /usr/share/info/*' 'path-exclude /usr/share/locale/*' \
         >"$tree/etc/dpkg/dpkg.cfg.d/slim"
+    debian_sources >"$tree/etc/apt/sources.list"
     rm -rf "$tree"/usr/share/man/* "$tree"/usr/share/info/* "$tree"/usr/share/locale/* \
         "$tree"/var/cache/apt/*.bin "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/* \
         "$tree"/var/log/*.log "$tree"/var/log/apt "$tree"/etc/resolv.conf "$tree"/etc/hostname
@@ -96,13 +141,25 @@ make_base() {
     trees="$trees $archive"
     tar -C "$tree" --numeric-owner -cf "$archive" .
     container=$(buildah from scratch)
-    containers="$containers $container"
     buildah add --quiet "$container" "$archive" / >/dev/null
     buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+    # What was mended since that release.
+    # shellcheck disable=SC2086 # options
+    inside $apt_options >"$work/upgrade.log" 2>&1 <<'END' || {
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get upgrade -y -qq --no-install-recommends
+apt-get clean
+rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log
+END
+        tail -n 20 "$work/upgrade.log" >&2
+        return 1
+    }
     buildah commit --quiet "$container" "localhost/ashlar-base:$suite" >/dev/null
     rm -rf "$tree" "$archive"
 }
-stamp=$work/base.stamp
+# With a number of what make_base does: another one, another base.
+stamp=$work/base-2.stamp
 if [ -z "$(find "$stamp" -mtime -$days_max 2>/dev/null)" ] || ! buildah inspect "localhost/ashlar-base:$suite" >/dev/null 2>&1; then
     rm -rf "$work/storage" "$work/run" "$stamp"
     make_base || skip "debootstrap could not make a base (see above)"
@@ -112,11 +169,14 @@ else
     ok "the base of an earlier run"
 fi
 
+tidy_up
+
 # --- both images ---
 if [ "$mode" = compile ]; then
     make_builder() {
         from "localhost/ashlar-base:$suite"
-        inside <<'END'
+        # shellcheck disable=SC2086 # options
+        inside $apt_options <<'END'
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends gcc libc6-dev binutils ca-certificates >/dev/null
@@ -181,6 +241,17 @@ nothing_needless() {
         [ -z "$(readelf --section-headers "$program" | grep -F ' .symtab ' || true)" ] || fail "$2: $program has its symbols still"
     done
 }
+# The size in MiB of the programs in an image's tree.
+programs_of() {
+    size=$(du -sm "$1/usr/local/bin" | cut -f 1)
+    [ "$size" -le $programs_max ] || fail "$2's programs have $size MiB, more than $programs_max"
+    echo "$size"
+}
+# Of how this machine comes to packages nothing is left.
+asks_debian() {
+    debian_sources | cmp -s - "$1/etc/apt/sources.list" || fail "$2 has other sources of packages than Debian's"
+    [ -z "$(ls "$1/etc/apt/sources.list.d")" ] || fail "$2 has sources of packages beside Debian's"
+}
 # The programs say what they are, and answer for help, as the image's user.
 all_run() {
     for program in "$@"; do
@@ -206,7 +277,9 @@ ok "ashlar runs as 65532:65532"
 all_run metadata-raft storage-daemon ashlar
 [ "$added" = "./usr/local/bin/ashlar ./usr/local/bin/metadata-raft ./usr/local/bin/storage-daemon " ] || fail "ashlar has more than its programs: $added"
 nothing_needless "$tree" ashlar
-ok "ashlar adds to the base: 3 programs, $(du -sm "$tree/usr/local/bin" | cut -f 1) MiB"
+asks_debian "$tree" ashlar
+size=$(programs_of "$tree" ashlar)
+ok "ashlar adds to the base: 3 programs, $size MiB"
 # As the pods use it: a disk in a directory that is somebody's, a node that starts, and the scripts' own tools.
 inside <<'END' || fail "ashlar cannot format and inspect a disk as its user"
 storage-daemon format /tmp/disk --size 256MiB >/dev/null
@@ -220,10 +293,12 @@ added=$(files_of "$tree" | comm -13 "$work/base.files" - | grep /usr/local/ | tr
 all_run nbd-client csi-driver
 [ "$added" = "./usr/local/bin/csi-driver ./usr/local/bin/nbd-client " ] || fail "ashlar-node has other programs: $added"
 nothing_needless "$tree" ashlar-node
+asks_debian "$tree" ashlar-node
+size=$(programs_of "$tree" ashlar-node)
 packages=$(packages_of "$tree" | comm -13 "$work/base.packages" - | tr '\n' ' ')
 grown=$(($(size_of "$tree") - base_size))
 [ "$grown" -le $packages_max ] || fail "ashlar-node's packages add $grown MiB, more than $packages_max: $packages"
-ok "ashlar-node adds to the base: 2 programs, $(du -sm "$tree/usr/local/bin" | cut -f 1) MiB, and packages, $grown MiB: $packages"
+ok "ashlar-node adds to the base: 2 programs, $size MiB, and packages, $grown MiB: $packages"
 
 # Every program that these two start, by what their code says; the library calls of a program that is there must be found, too.
 spawned=$(find nbd-client/src csi-driver/src -name '*.rs' ! -name '*tests.rs' -exec awk 'FNR == 1 { on = 1 } /^#\[cfg\(test\)\]/ { on = 0 } on' {} + |
