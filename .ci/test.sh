@@ -38,6 +38,26 @@ step() {
     fi
 }
 
+# The build takes some 12 GiB; three lanes of clusters whose disks are allocated in full take some 25.
+room() {
+    build=$(du -sm "$target" | cut -f1)
+    need=$((build < 12288 ? 12288 - build : 0))
+    here=$(df -Pm "$target" | awk 'NR == 2 { print $4 }')
+    there=$(df -Pm "${TMPDIR:-/tmp}" | awk 'NR == 2 { print $4 }')
+    if [ "$here" -lt "$need" ]; then
+        echo "the build needs $need MiB more in $target, and $here are free there"
+        return 1
+    fi
+    if [ "$(df -P "$target" | awk 'NR == 2 { print $1 }')" = "$(df -P "${TMPDIR:-/tmp}" | awk 'NR == 2 { print $1 }')" ]; then
+        there=$((there - need))
+    fi
+    if [ "$there" -lt 25600 ]; then
+        echo "the tests' disks need 25 GiB in ${TMPDIR:-/tmp}, and only $there MiB are left there beside the build:"
+        echo "make room, or name another directory with TMPDIR"
+        return 1
+    fi
+}
+
 # Always the same selection (--workspace): another one has other features of third-party crates, and builds everything again.
 tests() {
     # One at a time: each starts whole clusters.
@@ -65,6 +85,10 @@ for test in */tests/*.rs; do
     case $test in tests/*) ;; *) units="$units --test $(basename "$test" .rs)" ;; esac
 done
 
+step room room
+if [ -e "$logs/.failed" ]; then
+    exit 1
+fi
 step tools .ci/install-tools.sh
 step go-tools .ci/install-go-tools.sh
 step format cargo fmt --all --check
