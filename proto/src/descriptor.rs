@@ -6,6 +6,7 @@
 //! - `epoch` is the configuration's epoch: a replica never replaces a descriptor by one of a lower epoch.
 
 use crate::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
+use crate::layers::LayerList;
 
 /// One replica of a group as Raft knew it at the descriptor's epoch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,16 +30,16 @@ pub struct VolumeDescriptor {
     pub min_replicas: u8,
     /// Number that new writes carry.
     pub snapshot: SnapshotNumber,
-    /// Committed snapshots that are not deleted, ascending.
-    pub snapshots: Vec<SnapshotNumber>,
+    /// Which snapshots are live.
+    pub layers: LayerList,
     /// Replica groups, in order; chunk `c` belongs to group `c mod groups.len()`.
     pub groups: Vec<Vec<ReplicaDescriptor>>,
     /// Name given by the user, at most 128 bytes of UTF-8.
     pub name: String,
 }
 
-/// Version of the byte form.
-const FORMAT_VERSION: u8 = 1;
+/// Version of the byte form. Version 1 had no revision and no settled number, and there were no snapshots.
+const FORMAT_VERSION: u8 = 2;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 128;
 /// Most replica groups of a volume.
@@ -61,15 +62,17 @@ impl VolumeDescriptor {
     /// If a list is longer than its limit, which the constructor of the volume must prevent.
     pub fn encode(&self, out: &mut impl bytes::BufMut) {
         assert!(self.name.len() <= MAX_NAME && self.groups.len() <= MAX_GROUPS);
-        assert!(self.snapshots.len() <= MAX_SNAPSHOTS);
+        assert!(self.layers.live.len() <= MAX_SNAPSHOTS);
         out.put_u8(FORMAT_VERSION);
         out.put_slice(&self.volume.0);
         out.put_u64_le(self.epoch.0);
         out.put_u64_le(self.size_bytes);
         out.put_u8(self.min_replicas);
         out.put_u32_le(self.snapshot.0);
-        out.put_u16_le(self.snapshots.len() as u16);
-        for snapshot in &self.snapshots {
+        out.put_u64_le(self.layers.revision);
+        out.put_u32_le(self.layers.settled.0);
+        out.put_u16_le(self.layers.live.len() as u16);
+        for snapshot in &self.layers.live {
             out.put_u32_le(snapshot.0);
         }
         out.put_u16_le(self.groups.len() as u16);
@@ -88,10 +91,11 @@ impl VolumeDescriptor {
     /// Reads the byte form; every byte must belong to it.
     ///
     /// # Errors
-    /// Truncated or trailing bytes, a list beyond its limit, an unknown state or version.
+    /// Truncated or trailing bytes, a list beyond its limit or out of order, an unknown state or version.
     pub fn decode(bytes: &[u8]) -> Result<Self, DescriptorError> {
         let mut reader = Reader(bytes);
-        if reader.take::<1>()?[0] != FORMAT_VERSION {
+        let format = reader.take::<1>()?[0];
+        if format == 0 || format > FORMAT_VERSION {
             return Err(DescriptorError("version"));
         }
         let volume = VolumeId(reader.take()?);
@@ -99,11 +103,16 @@ impl VolumeDescriptor {
         let size_bytes = u64::from_le_bytes(reader.take()?);
         let min_replicas = reader.take::<1>()?[0];
         let snapshot = SnapshotNumber(u32::from_le_bytes(reader.take()?));
-        let count = reader.count(MAX_SNAPSHOTS)?;
-        let mut snapshots = Vec::new();
-        for _ in 0..count {
-            snapshots.push(SnapshotNumber(u32::from_le_bytes(reader.take()?)));
+        let mut layers = LayerList::default();
+        if format > 1 {
+            layers.revision = u64::from_le_bytes(reader.take()?);
+            layers.settled = SnapshotNumber(u32::from_le_bytes(reader.take()?));
         }
+        for _ in 0..reader.count(MAX_SNAPSHOTS)? {
+            let number = SnapshotNumber(u32::from_le_bytes(reader.take()?));
+            layers.live.push(number);
+        }
+        layers.check().map_err(|e| DescriptorError(e.0))?;
         let count = reader.count(MAX_GROUPS)?;
         let mut groups = Vec::new();
         for _ in 0..count {
@@ -133,7 +142,7 @@ impl VolumeDescriptor {
             size_bytes,
             min_replicas,
             snapshot,
-            snapshots,
+            layers,
             groups,
             name,
         })

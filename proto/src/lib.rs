@@ -5,6 +5,7 @@
 
 pub mod descriptor;
 pub mod ids;
+pub mod layers;
 pub mod volume;
 pub mod wire;
 

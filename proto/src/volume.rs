@@ -8,6 +8,7 @@ use crate::ids::{
     ChunkIndex, ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState,
     SnapshotNumber, VolumeId,
 };
+use crate::layers::LayerList;
 use crate::rpc::metadata as pb;
 
 /// A replica as Raft knows it.
@@ -57,8 +58,12 @@ pub struct VolumeView {
     pub readers: Vec<ClientId>,
     /// A holder made the replicas and recorded their incarnations: data may exist.
     pub opened_once: bool,
-    /// Number that new writes carry.
+    /// Number that new writes carry, once what came before it is drained (docs/snapshots.md, S2).
     pub snapshot: SnapshotNumber,
+    /// That number is reserved and not yet settled: a holder reports that it holds.
+    pub snapshot_pending: bool,
+    /// Which snapshots are live.
+    pub layers: LayerList,
     /// Grows with every change.
     pub revision: u64,
     /// Where the disks of the volume are reached.
@@ -84,7 +89,7 @@ impl VolumeView {
             size_bytes: self.size_bytes,
             min_replicas: self.min_replicas,
             snapshot: self.snapshot,
-            snapshots: Vec::new(),
+            layers: self.layers.clone(),
             groups: self
                 .groups
                 .iter()
@@ -146,6 +151,9 @@ impl VolumeView {
                 },
             );
         }
+        let layers = volume.layers.as_ref().map(LayerList::from);
+        let layers = layers.unwrap_or_default();
+        layers.check().map_err(|e| bad(e.0))?;
         Ok(Self {
             volume: VolumeId::from_slice(&volume.volume_id).ok_or(bad("volume_id"))?,
             name: volume.name.clone(),
@@ -166,8 +174,30 @@ impl VolumeView {
                 .collect(),
             opened_once: volume.opened_once,
             snapshot: SnapshotNumber(volume.snapshot_number),
+            snapshot_pending: volume.snapshot_pending,
+            layers,
             revision: volume.revision,
             disks: endpoints,
         })
+    }
+}
+
+impl From<&pb::LayerList> for LayerList {
+    fn from(message: &pb::LayerList) -> Self {
+        Self {
+            revision: message.revision,
+            settled: SnapshotNumber(message.settled),
+            live: message.live.iter().copied().map(SnapshotNumber).collect(),
+        }
+    }
+}
+
+impl From<&LayerList> for pb::LayerList {
+    fn from(list: &LayerList) -> Self {
+        Self {
+            revision: list.revision,
+            settled: list.settled.0,
+            live: list.live.iter().map(|n| n.0).collect(),
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::*;
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::*;
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
@@ -64,7 +65,11 @@ fn descriptor() -> VolumeDescriptor {
         size_bytes: 1 << 30,
         min_replicas: 2,
         snapshot: SnapshotNumber(4),
-        snapshots: vec![SnapshotNumber(1), SnapshotNumber(3)],
+        layers: LayerList {
+            revision: 6,
+            settled: SnapshotNumber(3),
+            live: vec![SnapshotNumber(1), SnapshotNumber(3)],
+        },
         groups: vec![vec![
             ReplicaDescriptor {
                 disk: DiskId([0x33; 16]),
@@ -325,13 +330,14 @@ fn descriptor_has_its_golden_bytes() {
     assert_eq!(
         hex(&bytes),
         concat!(
-            "01",                                 // format version
+            "02",                                 // format version
             "22222222222222222222222222222222",   // volume
             "0600000000000000",                   // epoch
             "0000004000000000",                   // size
             "02",                                 // min_replicas
             "04000000",                           // number that new writes carry
-            "02000100000003000000",               // snapshots
+            "060000000000000003000000",           // layer list: revision, settled
+            "02000100000003000000",               // live snapshots
             "0100",                               // groups
             "02",                                 // replicas of group 0
             "3333333333333333333333333333333302", // in sync

@@ -278,7 +278,7 @@ fn descriptor(epoch: u64, disks: &[(DiskId, ReplicaState)]) -> RequestBody {
         size_bytes: 64 << 20,
         min_replicas: 1,
         snapshot: SnapshotNumber(0),
-        snapshots: Vec::new(),
+        layers: Default::default(),
         groups: vec![replicas],
         name: "volume".into(),
     })

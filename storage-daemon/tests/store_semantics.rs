@@ -463,7 +463,7 @@ fn descriptor(epoch: u64, state: ReplicaState) -> VolumeDescriptor {
         size_bytes: 1 << 30,
         min_replicas: 2,
         snapshot: SnapshotNumber(0),
-        snapshots: vec![],
+        layers: Default::default(),
         groups: vec![vec![ReplicaDescriptor {
             disk: DiskId([2; 16]),
             state,

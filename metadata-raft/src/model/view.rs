@@ -31,6 +31,8 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         clean: volume.clean,
         opened_once: volume.opened_once,
         snapshot_number: volume.snapshot.0,
+        snapshot_pending: false,
+        layers: None,
         revision: volume.revision,
         publications: volume
             .publications

@@ -522,6 +522,8 @@ fn empty_view(config: &SessionConfig) -> VolumeView {
         readers: Vec::new(),
         opened_once: false,
         snapshot: Default::default(),
+        snapshot_pending: false,
+        layers: Default::default(),
         revision: 0,
         disks: Default::default(),
     }

@@ -5,12 +5,14 @@
 
 use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
+use ashlar_proto::layers::LayerList;
 
 use super::FormatError;
 
 /// Most bytes of a descriptor: two areas and two headers fill a slot.
 pub const BODY_BYTES_MAX: usize = 28 * 1024;
-const BODY_VERSION: u8 = 1;
+/// Version 1 had no revision and no settled number of the layer list, and no snapshots.
+const BODY_VERSION: u8 = 2;
 const NAME_BYTES_MAX: usize = 128;
 
 /// The descriptor's bytes; an error if it is larger than a slot's area.
@@ -27,10 +29,12 @@ pub fn encode_descriptor(d: &VolumeDescriptor) -> Result<Vec<u8>, FormatError> {
     b.extend_from_slice(&d.volume.0);
     b.extend_from_slice(&d.epoch.0.to_le_bytes());
     b.extend_from_slice(&d.size_bytes.to_le_bytes());
-    b.extend_from_slice(&(d.snapshots.len() as u32).to_le_bytes());
+    b.extend_from_slice(&(d.layers.live.len() as u32).to_le_bytes());
     b.extend_from_slice(&(d.groups.len() as u32).to_le_bytes());
+    b.extend_from_slice(&d.layers.revision.to_le_bytes());
+    b.extend_from_slice(&d.layers.settled.0.to_le_bytes());
     b.extend_from_slice(name);
-    for s in &d.snapshots {
+    for s in &d.layers.live {
         b.extend_from_slice(&s.0.to_le_bytes());
     }
     for group in &d.groups {
@@ -81,7 +85,7 @@ impl<'a> Reader<'a> {
 pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> {
     let mut r = Reader(bytes);
     let version = r.u8()?;
-    if version != BODY_VERSION {
+    if version == 0 || version > BODY_VERSION {
         return Err(FormatError::Version(u16::from(version)));
     }
     let min_replicas = r.u8()?;
@@ -92,16 +96,23 @@ pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> 
     let size_bytes = r.u64()?;
     let snapshot_count = r.u32()? as usize;
     let group_count = r.u32()? as usize;
+    let mut layers = LayerList::default();
+    if version > 1 {
+        layers.revision = r.u64()?;
+        layers.settled = SnapshotNumber(r.u32()?);
+    }
     let name = std::str::from_utf8(r.bytes(name_bytes)?)
         .map_err(|_| FormatError::Bounds("name"))?
         .to_owned();
     if snapshot_count * 4 > BODY_BYTES_MAX || group_count > BODY_BYTES_MAX {
         return Err(FormatError::Bounds("counts"));
     }
-    let mut snapshots = Vec::with_capacity(snapshot_count);
     for _ in 0..snapshot_count {
-        snapshots.push(SnapshotNumber(r.u32()?));
+        layers.live.push(SnapshotNumber(r.u32()?));
     }
+    layers
+        .check()
+        .map_err(|_| FormatError::Bounds("layer list"))?;
     let mut groups = Vec::with_capacity(group_count.min(1024));
     for _ in 0..group_count {
         let members = usize::from(r.u8()?);
@@ -123,7 +134,7 @@ pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> 
         size_bytes,
         min_replicas,
         snapshot,
-        snapshots,
+        layers,
         groups,
         name,
     })
@@ -141,7 +152,11 @@ mod tests {
             size_bytes: 4096,
             min_replicas: 2,
             snapshot: SnapshotNumber(3),
-            snapshots: vec![SnapshotNumber(1)],
+            layers: LayerList {
+                revision: 9,
+                settled: SnapshotNumber(2),
+                live: vec![SnapshotNumber(1)],
+            },
             groups: vec![vec![ReplicaDescriptor {
                 disk: DiskId([4; 16]),
                 state: ReplicaState::InSync,
@@ -153,14 +168,24 @@ mod tests {
     #[test]
     fn golden_bytes_and_round_trip() {
         let b = encode_descriptor(&example()).unwrap();
-        let mut expected = vec![1, 2, 2, 0, 3, 0, 0, 0];
+        let mut expected = vec![2, 2, 2, 0, 3, 0, 0, 0];
         expected.extend([1; 16]);
         expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
-        expected.extend([1, 0, 0, 0, 1, 0, 0, 0, b'd', b'b', 1, 0, 0, 0, 1]);
+        expected.extend([1, 0, 0, 0, 1, 0, 0, 0]);
+        expected.extend([9, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+        expected.extend([b'd', b'b', 1, 0, 0, 0, 1]);
         expected.extend([4; 16]);
         expected.push(2);
         assert_eq!(b, expected);
         assert_eq!(decode_descriptor(&b).unwrap(), example());
+        // Version 1: no layer list but the live numbers, of which there were none.
+        expected.drain(48..60);
+        expected[0] = 1;
+        expected[40] = 0;
+        expected.drain(50..54);
+        let old = decode_descriptor(&expected).unwrap();
+        assert_eq!(old.layers, LayerList::default());
+        assert_eq!((old.name, old.groups), (example().name, example().groups));
     }
 
     #[test]

@@ -182,6 +182,8 @@ impl World {
             readers: Vec::new(),
             opened_once: false,
             snapshot: Default::default(),
+            snapshot_pending: false,
+            layers: Default::default(),
             revision: 1,
             disks: endpoints.collect(),
         };

@@ -191,7 +191,7 @@ pub(super) fn configure(epoch: u64) -> RequestBody {
         size_bytes: 1 << 20,
         min_replicas: 1,
         snapshot: SnapshotNumber(0),
-        snapshots: Vec::new(),
+        layers: Default::default(),
         groups: vec![Vec::new()],
         name: "v".into(),
     })
