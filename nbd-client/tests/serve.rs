@@ -173,6 +173,29 @@ h.shutdown()
     }
 }
 
+/// Many more than are taken off a connection at a time; what stalls it is over when its replies are made.
+#[tokio::test]
+async fn thousands_of_requests_on_one_connection_are_all_answered() {
+    if !have_nbdsh() {
+        return;
+    }
+    let cluster = Cluster::start().await;
+    let running = Running::start(cluster.config());
+    serving(&cluster.stats_socket()).await;
+    let script = r#"
+h.pwrite(b"x" * 4096 * 64, 0)
+for op in range(2):
+    for i in range(6000):
+        at = 4096 * (i % 64)
+        h.aio_pread(nbd.Buffer(512), at) if op == 0 else h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), at)
+    while h.aio_in_flight() > 0:
+        assert h.poll(10000) == 1, "no reply for 10 s"
+h.shutdown()
+"#;
+    assert!(nbdsh(&cluster.socket(), script).await);
+    assert_eq!(running.stop().await, Outcome::Closed);
+}
+
 #[tokio::test]
 async fn a_dead_disk_is_excluded_and_io_goes_on() {
     if !have_nbdsh() {

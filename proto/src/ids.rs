@@ -158,6 +158,11 @@ pub struct Incarnation(pub u64);
 )]
 pub struct SnapshotNumber(pub u32);
 
+impl SnapshotNumber {
+    /// Above every number that is given out: a read of it sees the newest layer of each block.
+    pub const HEAD: Self = Self(u32::MAX);
+}
+
 /// Index of a chunk within its volume (byte offset / 4 MiB).
 #[derive(
     Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug, Serialize, Deserialize,

@@ -143,6 +143,7 @@ impl Volume {
                     Err(status) => self.refused("CloseVolume", &status).await,
                 }
             }
+            MetadataRequest::ReportHeld { .. } => {}
             MetadataRequest::Refresh => {
                 if let Some(event) = self.refresh().await {
                     self.tell(event).await;

@@ -416,7 +416,6 @@ impl Worker {
             return;
         };
         export.touched = false;
-        let mut again = export.pump_stalled(now, &mut self.reactor);
         let mut commands = std::mem::take(&mut export.commands);
         let mut stopped = false;
         for command in commands.drain(..) {
@@ -428,11 +427,12 @@ impl Worker {
         if stopped {
             return;
         }
-        if export.commands.is_empty() {
+        let mut again = !export.commands.is_empty();
+        if !again {
             export.commands = commands;
-        } else {
-            again = true;
         }
+        // After the replies: they may be what a stalled connection waits for, and no other event need follow.
+        again |= export.pump_stalled(now, &mut self.reactor);
         self.exports[at] = Some(export);
         self.unflushed.push(at);
         if again {

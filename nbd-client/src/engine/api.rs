@@ -9,7 +9,8 @@
 use std::time::Duration;
 
 use ashlar_proto::ids::{
-    ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState, VolumeId,
+    ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState, SnapshotNumber,
+    VolumeId,
 };
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::{Payload, Reply, Request};
@@ -22,6 +23,8 @@ pub const LEASE: Duration = Duration::from_secs(2);
 pub const LEASE_DRIFT_MARGIN: Duration = Duration::from_millis(200);
 /// A replica that answers nothing for this long while a request is outstanding has failed.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(1200);
+/// Longest time that writes are held for a snapshot, from when its number was first seen (docs/snapshots.md, S2).
+pub const HOLD_TIME: Duration = Duration::from_secs(2);
 /// Largest client request, in bytes.
 pub const REQUEST_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
@@ -306,6 +309,14 @@ pub enum MetadataRequest {
     Refresh,
     /// OpenVolume for reading only (R10): answered by `Granted`, `NotReadable` or `OpenRefused`.
     Join,
+    /// ReportHeld (docs/snapshots.md, S2): everything below the number is acknowledged and flushed, and new writes wait.
+    /// There is no answer: what becomes of it is in the view. Worth sending for half the hold time.
+    ReportHeld {
+        /// Must be the volume's current epoch.
+        epoch: Epoch,
+        /// Must be the volume's pending number.
+        number: SnapshotNumber,
+    },
     /// GetVolume (linearizable, carried out after it was asked for): answered by `Confirmed` or `Deleted`.
     Confirm,
 }
@@ -417,6 +428,8 @@ pub struct SessionStats {
     pub reads_delayed: u64,
     /// Blocks moved by the pulls of rebuild targets, as far as reported.
     pub rebuild_blocks_moved: u64,
+    /// Switches to a new snapshot number.
+    pub switches: u64,
     /// Bytes of client requests in flight.
     pub in_flight_bytes: u64,
     /// Bytes acknowledged and not yet flushed.

@@ -62,7 +62,9 @@ impl Session {
                 size_bytes: self.view.size_bytes,
             });
         }
+        self.switch_seen();
         if newer {
+            self.report_held();
             self.change_interrupted();
             if self.phase == Phase::Closing {
                 self.ask_close();

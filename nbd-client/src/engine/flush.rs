@@ -196,5 +196,6 @@ impl Session {
         if !self.flush_waiters.is_empty() {
             self.start_flush();
         }
+        self.bound_retained();
     }
 }

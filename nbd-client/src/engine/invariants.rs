@@ -39,6 +39,10 @@ impl Session {
         }
         if self.phase == Phase::Serving {
             assert!(
+                self.stats.retained_bytes < self.config.retained_bytes_max || self.flush.is_some(),
+                "whoever admits nobody because of what is retained is flushing it"
+            );
+            assert!(
                 self.waiting.is_empty(),
                 "a serving session keeps nobody waiting"
             );

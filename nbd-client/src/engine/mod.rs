@@ -32,6 +32,7 @@ mod rmw;
 mod session;
 mod slots;
 mod status;
+mod switch;
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests;

@@ -54,7 +54,9 @@ impl Session {
     pub(super) fn on_client(&mut self, request: ClientRequest) {
         self.stats.in_flight_bytes += cost(&request.op);
         if self.phase == Phase::Serving {
-            self.begin(request);
+            if let Some(request) = self.hold(request) {
+                self.begin(request);
+            }
         } else {
             self.waiting.push_back(request);
         }
@@ -63,7 +65,9 @@ impl Session {
     /// Serves what arrived before the volume was open.
     pub(super) fn begin_waiting(&mut self) {
         while let Some(request) = self.waiting.pop_front() {
-            self.begin(request);
+            if let Some(request) = self.hold(request) {
+                self.begin(request);
+            }
         }
     }
 
@@ -90,7 +94,7 @@ impl Session {
         }
     }
 
-    fn begin(&mut self, request: ClientRequest) {
+    pub(super) fn begin(&mut self, request: ClientRequest) {
         let ClientRequest { tag, op: what } = request;
         let bytes = cost(&what);
         if !self.valid(&what) {
@@ -205,6 +209,7 @@ impl Session {
             return;
         };
         self.stats.in_flight_bytes -= op.bytes;
+        self.pump |= self.switch.holds();
         if self.ops.is_empty() {
             self.pump |= self.phase == Phase::Draining;
         }

@@ -30,6 +30,8 @@ impl Session {
         self.first_open = first_open;
         self.clean = previous_clean || first_open;
         self.window = Window::new(view.epoch);
+        // The grant cancelled what was pending (S5).
+        self.layer = view.snapshot;
         self.adopt(view);
         if self.close_asked && self.phase == Phase::Opening {
             self.phase = Phase::Closing;
@@ -138,6 +140,7 @@ impl Session {
         self.out.push(SessionCommand::Serving {
             size_bytes: self.view.size_bytes,
         });
+        self.switch_seen();
         self.begin_waiting();
         self.pump = true;
     }
@@ -159,6 +162,7 @@ impl Session {
                 self.ask_close();
             }
             Phase::Serving => {
+                self.switch_end();
                 self.phase = Phase::Draining;
                 self.pump = true;
             }

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 
 use ashlar_platform::clock::Time;
-use ashlar_proto::ids::{DiskId, Epoch, RequestId, Version};
+use ashlar_proto::ids::{DiskId, Epoch, RequestId, SnapshotNumber, Version};
 use ashlar_proto::volume::VolumeView;
 use ashlar_proto::wire::{Reply, ReplyBody, Status};
 use bytes::Bytes;
@@ -25,6 +25,7 @@ use super::reader::{Confirmation, Role};
 use super::replica::{Group, Outstanding, Peer, Purpose};
 use super::rmw::Rmw;
 use super::slots::{Key, Slab, Window};
+use super::switch::Switch;
 use super::write::{Retained, WriteSlot};
 
 /// Rounds of pumps after one event; more would mean that they feed each other.
@@ -88,6 +89,9 @@ pub struct Session {
     /// The adopted configuration, and its epoch: what requests carry.
     pub(super) view: VolumeView,
     pub(super) epoch: Epoch,
+    /// Number that writes carry.
+    pub(super) layer: SnapshotNumber,
+    pub(super) switch: Switch,
     pub(super) peers: Vec<Peer>,
     pub(super) groups: Vec<Group>,
     pub(super) memberships: u32,
@@ -152,6 +156,8 @@ impl Session {
             settled: false,
             view,
             epoch: Epoch(0),
+            layer: SnapshotNumber(0),
+            switch: Switch::default(),
             peers: Vec::new(),
             groups: Vec::new(),
             memberships: 0,
@@ -279,7 +285,8 @@ impl Session {
         }
         // Rebuilds wait for writes of older epochs; closing waits for everything.
         let rebuilding = self.groups.iter().any(|g| !g.targets.is_empty());
-        self.pump |= rebuilding || self.phase == Phase::Draining || self.replays > 0;
+        let drains = self.phase == Phase::Draining || self.switch.holds();
+        self.pump |= rebuilding || drains || self.replays > 0;
     }
 
     fn run_pumps(&mut self) {
@@ -296,6 +303,7 @@ impl Session {
         self.reads_pump();
         self.rmw_pump();
         self.status_pump();
+        self.switch_pump();
         self.closing_pump();
         if std::mem::take(&mut self.settled) {
             self.pump = true;
@@ -454,6 +462,7 @@ impl Session {
             self.opening_deadline(),
             self.exclusion_deadline(),
             self.rebuild_deadline(),
+            self.switch_deadline(),
         ]
         .into_iter()
         .flatten()
@@ -478,6 +487,7 @@ impl Session {
             self.opening_deadline(),
             self.exclusion_deadline(),
             self.rebuild_deadline(),
+            self.switch_deadline(),
         ]
         .into_iter()
         .flatten()

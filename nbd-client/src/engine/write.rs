@@ -158,7 +158,7 @@ impl Session {
         body: Body,
         durable: bool,
     ) {
-        self.submit_write_as(owner, range, version, self.view.snapshot, body, durable);
+        self.submit_write_as(owner, range, version, self.layer, body, durable);
     }
 
     /// The same, in a layer of the caller's choice (replays keep theirs).
@@ -481,6 +481,12 @@ impl Session {
     fn retain(&mut self, retained: Retained) {
         self.stats.retained_bytes += retained.bytes();
         self.retained.push_back(retained);
+        self.bound_retained();
+    }
+
+    /// Starts a flush if too much is retained. To be asked whenever the amount grew or a flush ended: above the limit
+    /// no request is admitted, so nobody else would ask for one.
+    pub(super) fn bound_retained(&mut self) {
         if self.stats.retained_bytes > self.config.retained_bytes_max / 2
             && self.flush.is_none()
             && self.phase == Phase::Serving

@@ -233,7 +233,7 @@ impl Metadata {
             MetadataRequest::Refresh => {
                 return SessionEvent::ConfigChanged(Box::new(self.view(now)));
             }
-            MetadataRequest::Confirm => {
+            MetadataRequest::ReportHeld { .. } | MetadataRequest::Confirm => {
                 return SessionEvent::Confirmed(Box::new(self.view(now)));
             }
             MetadataRequest::Join => Operation::JoinVolume(OpenVolume {

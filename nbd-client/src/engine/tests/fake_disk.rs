@@ -58,6 +58,8 @@ pub(super) struct FakeDisk {
     pub(super) flushes: u64,
     pub(super) descriptor_epoch: Epoch,
     pub(super) writes: u64,
+    /// Which number each version that arrived carried.
+    pub(super) layers: BTreeMap<Version, SnapshotNumber>,
 }
 
 impl FakeDisk {
@@ -84,6 +86,7 @@ impl FakeDisk {
             flushes: 0,
             descriptor_epoch: Epoch(0),
             writes: 0,
+            layers: BTreeMap::new(),
         }
     }
 
@@ -102,6 +105,11 @@ impl FakeDisk {
     fn flush(&mut self) {
         self.unflushed.clear();
         self.flushes += 1;
+    }
+
+    /// Blocks that a power cut may change.
+    pub(super) fn unflushed(&self) -> usize {
+        self.unflushed.len()
     }
 
     /// The process dies and its memory with it; what was written stays.
@@ -177,6 +185,7 @@ impl FakeDisk {
                 Ok(ReplyBody::Configure)
             }
             RequestBody::Write(write) => {
+                self.layers.insert(write.version, write.snapshot);
                 let cells = write.range.blocks().enumerate().map(|(i, block)| {
                     let data = whole(&write.data).slice(i * 4096..(i + 1) * 4096);
                     assert_eq!(crc32c::crc32c(&data), write.checksums[i]);
@@ -194,6 +203,7 @@ impl FakeDisk {
                 self.write(write.range, write.version, write.durable, cells)
             }
             RequestBody::Trim(trim) => {
+                self.layers.insert(trim.version, trim.snapshot);
                 let cell = Cell {
                     version: trim.version,
                     data: None,

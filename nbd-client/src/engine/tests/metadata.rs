@@ -1,6 +1,6 @@
 //! The fake metadata cluster: epochs, holders, changes of replicas, a repair planner.
 
-use ashlar_proto::ids::{DiskId, Epoch, ReplicaState};
+use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber};
 
 use super::world::{Event, MS, World};
 use crate::engine::*;
@@ -58,6 +58,7 @@ impl World {
                     SessionEvent::ConfigChanged(Box::new(self.view.clone()))
                 }
             }
+            MetadataRequest::ReportHeld { .. } => return,
             MetadataRequest::Refresh => SessionEvent::ConfigChanged(Box::new(self.view.clone())),
             MetadataRequest::Confirm => SessionEvent::Confirmed(Box::new(self.view.clone())),
             MetadataRequest::Join if self.view.holder.is_some() => {
@@ -179,6 +180,43 @@ impl World {
         self.view.readers.clear();
         self.bump();
         self.notify();
+    }
+
+    /// A snapshot's number is reserved (S1).
+    pub(super) fn reserve(&mut self) -> SnapshotNumber {
+        assert!(!self.view.snapshot_pending);
+        self.view.snapshot.0 += 1;
+        self.view.snapshot_pending = true;
+        self.view.revision += 1;
+        self.notify();
+        self.view.snapshot
+    }
+
+    /// It is committed or cancelled (S3).
+    pub(super) fn settle(&mut self, commit: bool) {
+        self.view.snapshot_pending = false;
+        self.view.layers.settled = self.view.snapshot;
+        self.view.layers.revision += 1;
+        if commit {
+            self.view.layers.live.push(self.view.snapshot);
+        }
+        self.view.revision += 1;
+        self.notify();
+    }
+
+    /// What a client that reports *held* promises: what it acknowledged is durable on every in-sync replica, and
+    /// no write is on its way.
+    pub(super) fn check_held(&mut self, client: usize) {
+        let in_sync = self.view.groups.iter().flatten();
+        let in_sync = in_sync.filter(|r| r.state == ReplicaState::InSync);
+        let disks: Vec<usize> = in_sync.map(|r| self.disk_index(r.disk)).collect();
+        for disk in disks {
+            let loose = self.disks[disk].unflushed();
+            assert_eq!(
+                loose, 0,
+                "client {client} holds, disk {disk} is not flushed"
+            );
+        }
     }
 
     pub(super) fn resize(&mut self, size_bytes: u64) {

@@ -1,6 +1,7 @@
 //! Tests of the session engine in a small deterministic world (`world.rs`) with fake replicas
 //! (`fake_disk.rs`) and an oracle (`oracle.rs`).
 
+mod backpressure;
 mod cost;
 mod fake_disk;
 mod faults;
@@ -9,6 +10,7 @@ mod oracle;
 mod random;
 mod readers;
 mod scenarios;
+mod snapshots;
 mod world;
 
 /// SplitMix64: small, deterministic.

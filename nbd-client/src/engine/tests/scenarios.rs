@@ -480,18 +480,6 @@ fn an_idle_volume_sends_nothing_and_needs_no_timer() {
 }
 
 #[test]
-fn retained_writes_are_bounded_by_background_flushes() {
-    let mut w = World::new(18, 3, 1, 2);
-    let c = w.open(|config| config.retained_bytes_max = 256 * 1024);
-    for i in 0..100 {
-        w.run_until("accepting", |w| w.clients[c].session.accepting());
-        write_done(&mut w, c, i * 8, 64);
-        assert!(w.clients[c].session.stats().retained_bytes <= (256 + 32 + 1) * 1024);
-    }
-    assert!(w.clients[c].session.stats().background_flushes > 5);
-}
-
-#[test]
 fn a_rhythm_of_writes_and_flushes_needs_no_flush_requests() {
     let mut w = World::new(21, 3, 1, 2);
     let c = w.open(|_| {});

@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 use ashlar_platform::clock::Time;
-use ashlar_proto::ids::{ClientId, DiskId, Epoch, Incarnation, NodeId, ReplicaState, VolumeId};
+use ashlar_proto::ids::{
+    ClientId, DiskId, Epoch, Incarnation, NodeId, ReplicaState, SnapshotNumber, VolumeId,
+};
 use ashlar_proto::volume::{DiskEndpoint, ReplicaView, VolumeView};
 use ashlar_proto::wire::{Payload, Reply, Request, RequestBody};
 use bytes::Bytes;
@@ -145,8 +147,12 @@ pub(super) struct World {
     pub(super) waiting_metadata: Vec<(usize, MetadataRequest)>,
     /// The node of clients: 0 none, else that of disk n - 1.
     pub(super) local: u8,
+    /// Flushes are late.
+    pub(super) slow_flushes: bool,
     /// Writes to this disk are late.
     pub(super) slow_writes_to: Option<usize>,
+    /// Reports of clients that hold their writes: when, by whom, under which epoch, for which number.
+    pub(super) held: Vec<(u64, usize, Epoch, SnapshotNumber)>,
     pub(super) trace: bool,
 }
 
@@ -208,7 +214,9 @@ impl World {
             changes: 0,
             waiting_metadata: Vec::new(),
             local: 0,
+            slow_flushes: false,
             slow_writes_to: None,
+            held: Vec::new(),
             trace: std::env::var_os("SESSION_TRACE").is_some(),
         };
         world.schedule(50 * MS, Event::Plan);
@@ -313,6 +321,9 @@ impl World {
                 {
                     after += 500 * MS;
                 }
+                if self.slow_flushes && matches!(request.body, RequestBody::Flush(_)) {
+                    after += 200 * MS;
+                }
                 let request = Box::new(request);
                 self.schedule(
                     after,
@@ -326,6 +337,11 @@ impl World {
                 );
             }
             SessionCommand::Metadata(request) => {
+                if let MetadataRequest::ReportHeld { epoch, number } = request {
+                    self.check_held(client);
+                    self.held.push((self.now, client, epoch, number));
+                    return;
+                }
                 let after = self.delay() * 3;
                 self.schedule(after, Event::Metadata { client, request });
             }
