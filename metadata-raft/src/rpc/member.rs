@@ -19,6 +19,7 @@ use tonic::{Code, Request, Response, Status};
 use super::convert;
 use super::liveness::{Liveness, View};
 use super::read_barrier::ReadBarrier;
+use super::taking::Takings;
 use crate::metrics::{Outcome, Proposal};
 use crate::model::{Answer, Command, State};
 use crate::planner::DiskView;
@@ -81,6 +82,8 @@ pub struct Member {
     pub(crate) role: watch::Receiver<Role>,
     /// Something may be repairable.
     pub(crate) repair: Notify,
+    /// Snapshots that calls of this member take.
+    pub(super) takings: Takings,
     liveness: Mutex<Liveness>,
     channels: Mutex<BTreeMap<String, Channel>>,
     reads: ReadBarrier<Result<(), Unconfirmed>>,
@@ -117,6 +120,7 @@ impl Member {
             shared,
             role,
             repair: Notify::new(),
+            takings: Takings::default(),
             liveness: Mutex::default(),
             channels: Mutex::default(),
             reads: ReadBarrier::default(),
