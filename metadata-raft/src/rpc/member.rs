@@ -37,6 +37,8 @@ const ATTEMPT_DEADLINE: Duration = Duration::from_secs(3);
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a majority to confirm a command or a read.
 const MAJORITY_DEADLINE: Duration = Duration::from_millis(2500);
+/// Longest message: a page of volumes or snapshots with many labels, a heartbeat of a node with many replicas.
+pub(super) const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Connections to members kept.
 const CHANNELS_MAX: usize = 16;
 
@@ -239,7 +241,7 @@ impl Member {
     fn client(&self, address: &str) -> Result<MetadataClient<Channel>, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
-            return Ok(MetadataClient::new(channel.clone()));
+            return Ok(bounded(channel.clone()));
         }
         let new = channel(address).map_err(|e| {
             Status::internal(format!("the leader's address {address} is not usable: {e}"))
@@ -248,7 +250,7 @@ impl Member {
             channels.clear();
         }
         channels.insert(address.to_owned(), new.clone());
-        Ok(MetadataClient::new(new))
+        Ok(bounded(new))
     }
 
     /// Serves a request here if this member leads, else at the leader; waits for elections.
@@ -324,6 +326,11 @@ impl Member {
             let _ = tokio::time::timeout(RETRY_PAUSE, role.changed()).await;
         }
     }
+}
+
+/// A client that reads pages and lists as long as another member may send them.
+fn bounded(channel: Channel) -> MetadataClient<Channel> {
+    MetadataClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX)
 }
 
 /// Whether another member has forwarded a request.
