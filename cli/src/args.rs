@@ -58,6 +58,9 @@ pub enum Command {
     /// Volumes
     #[command(subcommand)]
     Volume(commands::volume::VolumeCommand),
+    /// Volumes as they were at one point in time
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::SnapshotCommand),
     /// Replicas of volumes
     #[command(subcommand)]
     Replica(commands::replica::ReplicaCommand),

@@ -211,6 +211,49 @@ impl Metadata {
         .map_err(|e| with_list_hint(e, "volume"))
     }
 
+    /// The snapshots that a request names, over all pages.
+    pub async fn snapshots(
+        &mut self,
+        mut request: pb::ListSnapshotsRequest,
+    ) -> Result<Vec<pb::Snapshot>> {
+        let mut snapshots = Vec::new();
+        request.page_size = PAGE_SIZE;
+        loop {
+            let page = self
+                .call("list the snapshots", request.clone(), async |mut c, q| {
+                    c.list_snapshots(q).await
+                })
+                .await?;
+            let empty = page.snapshots.is_empty();
+            snapshots.extend(page.snapshots);
+            if page.next_page_token.is_empty() || empty {
+                return Ok(snapshots);
+            }
+            request.page_token = page.next_page_token;
+        }
+    }
+
+    /// A snapshot by its name or id.
+    pub async fn snapshot(&mut self, name: &str) -> Result<pb::Snapshot> {
+        let request = match uuid::Uuid::parse_str(name) {
+            Ok(id) => pb::GetSnapshotRequest {
+                name: String::new(),
+                snapshot_id: id.into_bytes().to_vec(),
+            },
+            Err(_) => pb::GetSnapshotRequest {
+                name: name.to_owned(),
+                snapshot_id: Vec::new(),
+            },
+        };
+        self.call(
+            &format!("find the snapshot {name:?}"),
+            request,
+            async |mut c, q| c.get_snapshot(q).await,
+        )
+        .await
+        .map_err(|e| with_list_hint(e, "snapshot"))
+    }
+
     /// Every node.
     pub async fn nodes(&mut self) -> Result<Vec<pb::Node>> {
         let request = pb::ListNodesRequest {};

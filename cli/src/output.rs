@@ -146,6 +146,30 @@ pub fn labels(labels: &std::collections::BTreeMap<String, String>) -> String {
     pairs.join(",")
 }
 
+/// A time in UTC, as `2026-11-27 01:50:05`; `-` for none.
+pub fn time(unix_ms: u64) -> String {
+    if unix_ms == 0 {
+        return "-".to_owned();
+    }
+    let seconds = unix_ms / 1000;
+    // Days to a date by H. Hinnant's algorithm: eras of 400 years that begin in March.
+    let days = seconds / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
+}
+
 /// An id's 16 bytes as text; empty for none.
 pub fn id_text(bytes: &[u8]) -> String {
     uuid::Uuid::from_slice(bytes)
@@ -153,4 +177,24 @@ pub fn id_text(bytes: &[u8]) -> String {
         .filter(|u| !u.is_nil())
         .map(|u| u.hyphenated().to_string())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_dates_in_utc() {
+        for (seconds, text) in [
+            (1, "1970-01-01 00:00:01"),
+            (951_782_399, "2000-02-28 23:59:59"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_700_000_000, "2023-11-14 22:13:20"),
+            (4_107_542_399, "2100-02-28 23:59:59"),
+            (4_107_542_400, "2100-03-01 00:00:00"),
+        ] {
+            assert_eq!(time(seconds * 1000), text);
+        }
+        assert_eq!(time(0), "-");
+    }
 }

@@ -408,3 +408,129 @@ fn a_development_cluster_that_is_not_there_is_down_already() {
     assert_eq!(code(&dev(&["kill", "bogus"])), 2);
     assert_eq!(code(&dev(&["up", "--members", "2"])), 2);
 }
+
+/// A server with a pool and the volumes `a` and `b`.
+fn two_volumes() -> (FakeMetadata, String) {
+    let server = FakeMetadata::start(three_nodes());
+    let at = server.address.to_string();
+    json(&ashlar(&at, &["-o", "json", "pool", "create", "main"]));
+    for name in ["a", "b"] {
+        let create = ["-o", "json", "volume", "create", name, "--size", "1GiB"];
+        json(&ashlar(&at, &create));
+    }
+    (server, at)
+}
+
+#[test]
+fn snapshots_are_taken_listed_shown_and_deleted() {
+    let (server, at) = two_volumes();
+    let run = |arguments: &[&str]| ashlar(&at, arguments);
+    let taken = run(&["snapshot", "create", "a", "--name", "s", "--label", "k=v"]);
+    assert_eq!(code(&taken), 0, "{}", stderr(&taken));
+    assert_eq!(stdout(&taken), "snapshot s of volume a is taken\n");
+    let both = run(&["-o", "json", "snapshot", "create", "a", "b", "--name", "n"]);
+    let both = json(&both);
+    assert_eq!(
+        (&both[0]["name"], &both[1]["name"]),
+        (&"n-a".into(), &"n-b".into())
+    );
+    assert_eq!(both[0]["group"], "n", "several are a group");
+    assert_eq!(server.model.lock().unwrap().snapshots.len(), 3);
+
+    let names = |arguments: &[&str]| -> Vec<String> {
+        let all = json(&ashlar(&at, arguments));
+        let all = all.as_array().unwrap().iter();
+        all.map(|s| s["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let list = ["-o", "json", "snapshot", "list"];
+    assert_eq!(names(&list), ["s", "n-a", "n-b"]);
+    assert_eq!(names(&[&list[..], &["a"]].concat()), ["s", "n-a"]);
+    assert_eq!(
+        names(&[&list[..], &["--group", "n"]].concat()),
+        ["n-a", "n-b"]
+    );
+    assert_eq!(code(&run(&["snapshot", "list", "none"])), 3);
+    let table = stdout(&run(&["snapshot", "list"]));
+    assert!(
+        table.contains("NAME") && table.contains("2023-11-14 22:13:20"),
+        "{table}"
+    );
+
+    let shown = json(&run(&["-o", "json", "snapshot", "show", "s"]));
+    assert_eq!(shown["state"], "ready");
+    assert_eq!(shown["labels"]["k"], "v");
+    assert_eq!(shown["size_bytes"], 1u64 << 30);
+    let by_id = run(&["snapshot", "show", shown["id"].as_str().unwrap()]);
+    assert!(stdout(&by_id).contains("s\n"), "{}", stdout(&by_id));
+    let absent = run(&["snapshot", "show", "none"]);
+    assert_eq!(code(&absent), 3);
+    assert!(stderr(&absent).contains("ashlar snapshot list"));
+    let volume = json(&run(&["-o", "json", "volume", "show", "a"]));
+    assert_eq!(volume["snapshots"].as_array().unwrap().len(), 2);
+    assert!(stdout(&run(&["volume", "show", "a"])).contains("n-a"));
+
+    assert_eq!(code(&run(&["snapshot", "delete", "s"])), 2, "needs --yes");
+    assert_eq!(code(&run(&["snapshot", "delete", "--yes"])), 2, "of what?");
+    let deleted = run(&["snapshot", "delete", "s", "--yes"]);
+    assert_eq!(code(&deleted), 0, "{}", stderr(&deleted));
+    assert!(stdout(&deleted).starts_with("snapshot s is deleted"));
+    let group = json(&run(&[
+        "-o", "json", "snapshot", "delete", "--group", "n", "-y",
+    ]));
+    assert_eq!(group.as_array().unwrap().len(), 2);
+    assert!(names(&list).is_empty());
+    assert_eq!(code(&run(&["snapshot", "delete", "--group", "n", "-y"])), 3);
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_taken_says_why() {
+    let (server, at) = two_volumes();
+    for (status, expected) in [
+        (tonic::Status::aborted("not held in time: try again"), 4),
+        (
+            tonic::Status::resource_exhausted("1000 snapshots; delete some"),
+            4,
+        ),
+        (tonic::Status::failed_precondition("attach it once"), 4),
+        (tonic::Status::invalid_argument("name: not a valid name"), 2),
+    ] {
+        let message = status.message().to_owned();
+        server.model.lock().unwrap().no_snapshots = Some(status);
+        let refused = ashlar(&at, &["snapshot", "create", "a", "--name", "s"]);
+        assert_eq!(code(&refused), expected);
+        assert!(stderr(&refused).contains(&message), "{}", stderr(&refused));
+        assert!(
+            !stderr(&refused).contains("disk add"),
+            "{}",
+            stderr(&refused)
+        );
+    }
+    assert_eq!(code(&ashlar(&at, &["snapshot", "create", "a"])), 2);
+    assert_eq!(
+        code(&ashlar(&at, &["snapshot", "create", "--name", "s"])),
+        2
+    );
+}
+
+#[test]
+fn a_snapshot_on_its_way_out_shows_its_progress() {
+    let (server, at) = two_volumes();
+    server.model.lock().unwrap().snapshots.push(pb::Snapshot {
+        snapshot_id: vec![9; 16],
+        name: "old".into(),
+        volume_id: vec![1; 16],
+        volume_name: "a".into(),
+        state: pb::SnapshotState::Deleting.into(),
+        replicas_left: 2,
+        chunks_left: 17,
+        volume_deleted: true,
+        ..Default::default()
+    });
+    let table = stdout(&ashlar(&at, &["snapshot", "list"]));
+    assert!(
+        table.contains("deleting, 17 chunks to look at on 2 replicas"),
+        "{table}"
+    );
+    assert!(table.contains("a (deleted)"), "{table}");
+}

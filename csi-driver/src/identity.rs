@@ -17,7 +17,8 @@ pub struct IdentityService {
 }
 
 impl IdentityService {
-    /// Of the driver with this name; `controller`: whether this process serves the Controller service.
+    /// Of the driver with this name; `controller`: whether this process serves the Controller and
+    /// GroupController services.
     pub fn new(name: String, controller: bool) -> Self {
         Self { name, controller }
     }
@@ -66,6 +67,7 @@ impl Identity for IdentityService {
         let mut capabilities = vec![service(service::Type::VolumeAccessibilityConstraints)];
         if self.controller {
             capabilities.push(service(service::Type::ControllerService));
+            capabilities.push(service(service::Type::GroupControllerService));
         }
         capabilities.push(PluginCapability {
             r#type: Some(plugin_capability::Type::VolumeExpansion(VolumeExpansion {

@@ -11,12 +11,14 @@ use tonic::transport::Server;
 use crate::attach::Attacher;
 use crate::controller::ControllerService;
 use crate::drain::Cut;
+use crate::group_controller::GroupControllerService;
 use crate::identity::IdentityService;
 use crate::listener::{ListenError, connections, listen};
 use crate::metadata::{BadAddress, Metadata};
 use crate::metrics::{self, CountLayer};
 use crate::node::{NodeOptions, NodeService};
 use crate::rpc::controller_server::ControllerServer;
+use crate::rpc::group_controller_server::GroupControllerServer;
 use crate::rpc::identity_server::IdentityServer;
 use crate::rpc::node_server::NodeServer;
 
@@ -41,7 +43,7 @@ pub struct Options {
     pub metadata: Vec<String>,
     /// As in `csi.ashlar.io`.
     pub driver_name: String,
-    /// Whether the Controller service is served.
+    /// Whether the Controller and GroupController services are served.
     pub controller: bool,
     /// The Node service, if it is served.
     pub node: Option<NodeConfig>,
@@ -96,6 +98,9 @@ pub async fn serve(
     let controller = options
         .controller
         .then(|| ControllerService::new(metadata.clone()));
+    let group_controller = options
+        .controller
+        .then(|| GroupControllerService::new(metadata.clone()));
     let node = match options.node {
         None => None,
         Some(config) => Some(node(config, metadata.clone())?),
@@ -122,6 +127,9 @@ pub async fn serve(
             .add_service(IdentityServer::new(identity))
             .add_optional_service(controller.map(|service| {
                 ControllerServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
+            }))
+            .add_optional_service(group_controller.map(|service| {
+                GroupControllerServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
             }))
             .add_optional_service(node.map(|service| {
                 NodeServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)

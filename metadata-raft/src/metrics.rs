@@ -98,6 +98,13 @@ pub const REPLICAS: Metric = Metric::gauge(
     &["state"],
     "Replicas by state: in_sync, rebuilding or stale",
 );
+/// Snapshots.
+pub const SNAPSHOTS: Metric = Metric::gauge(
+    "ashlar_metadata_snapshots",
+    Unit::Count,
+    &["state"],
+    "Snapshots by state: pending (being taken), ready, or deleting (a disk still has to free what they kept)",
+);
 /// What disks have to drop.
 pub const REPLICAS_TO_DROP: Metric = Metric::gauge(
     "ashlar_metadata_replicas_to_drop",
@@ -156,6 +163,7 @@ pub const ALL: &[Metric] = &[
     VOLUMES_ATTACHED,
     ATTACHMENTS_SILENT,
     REPLICAS,
+    SNAPSHOTS,
     REPLICAS_TO_DROP,
     NODES,
     DISKS,

@@ -85,6 +85,10 @@ uuid_newtype!(/// A pool of disks.
     PoolId);
 uuid_newtype!(/// A volume.
     VolumeId);
+uuid_newtype!(/// A snapshot of a volume.
+    SnapshotId);
+uuid_newtype!(/// Snapshots of several volumes of one point in time.
+    SnapshotGroupId);
 uuid_newtype!(/// A client (nbd-client). `serve` draws a new one at every start; the node service keeps its own, so that it may
     /// open again what it holds.
     ClientId);

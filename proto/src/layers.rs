@@ -6,11 +6,13 @@
 //! - Of two lists the one with the higher revision is the newer; numbers that are not live in the older one, and at
 //!   most its `settled`, are not live in the newer one.
 
+use serde::{Deserialize, Serialize};
+
 use crate::descriptor::MAX_SNAPSHOTS;
 use crate::ids::SnapshotNumber;
 
 /// See the module. The default is that of a volume that never had a snapshot.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct LayerList {
     /// Grows with every change.
     pub revision: u64,

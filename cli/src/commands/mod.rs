@@ -6,6 +6,7 @@ pub mod disk;
 pub mod node;
 pub mod pool;
 pub mod replica;
+pub mod snapshot;
 pub mod volume;
 
 use std::io::IsTerminal as _;
@@ -46,6 +47,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Disk(command) => disk::run(command, &mut context(&cli)?).await,
         Command::Pool(command) => pool::run(command, &mut context(&cli)?).await,
         Command::Volume(command) => volume::run(command, &mut context(&cli)?).await,
+        Command::Snapshot(command) => snapshot::run(command, &mut context(&cli)?).await,
         Command::Replica(command) => replica::run(command, &mut context(&cli)?).await,
     }
 }

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Context;
 use super::cluster::redundancy;
+use super::snapshot::{self, SnapshotView};
 use crate::args::parse_label;
 use crate::client::request_id;
 use crate::error::{CliError, Result};
@@ -39,7 +40,7 @@ pub enum VolumeCommand {
         #[arg(value_parser = size::parse)]
         size: u64,
     },
-    /// Deletes a volume that nobody uses, with its data
+    /// Deletes a volume that nobody uses, with its data; its snapshots stay, and with them what they show
     Delete {
         /// Name or id
         volume: String,
@@ -161,6 +162,8 @@ struct VolumeView {
     format: Option<FormatView>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     replica_list: Vec<VolumeReplicaView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots: Option<Vec<SnapshotView>>,
 }
 
 impl VolumeView {
@@ -205,6 +208,7 @@ impl VolumeView {
                 fs_type: f.fs_type.clone(),
             }),
             replica_list: Vec::new(),
+            snapshots: None,
         }
     }
 
@@ -366,6 +370,8 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
         .map(|d| (d.disk_id.clone(), d))
         .collect();
     let mut view = VolumeView::new(&volume);
+    let snapshots = snapshot::of_volume(&volume, context).await?;
+    let snapshots = view.snapshots.insert(snapshots).len();
     for (group, replica) in volume
         .groups
         .iter()
@@ -414,6 +420,7 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
             }
             .to_owned(),
         ),
+        ("Snapshots", snapshots.to_string()),
         ("Labels", output::labels(&view.labels)),
     ];
     context.output.object(&view, &fields)?;
@@ -440,7 +447,8 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
         })
         .collect();
     context.output.text("")?;
-    context.output.table(&header, rows)
+    context.output.table(&header, rows)?;
+    snapshot::table_of_volume(view.snapshots.as_deref().unwrap_or_default(), context)
 }
 
 async fn resize(name: &str, size_bytes: u64, context: &mut Context) -> Result<()> {
@@ -477,6 +485,8 @@ struct DeletedView {
     id: String,
     name: String,
     deleted: bool,
+    /// They stay until they are deleted, too.
+    snapshots: usize,
 }
 
 async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
@@ -513,8 +523,15 @@ async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
         id: output::id_text(&volume.volume_id),
         name: volume.name,
         deleted: true,
+        snapshots: volume.layers.map_or(0, |l| l.live.len()),
     };
-    let sentence = format!("volume {} is deleted", view.name);
+    let mut sentence = format!("volume {} is deleted", view.name);
+    if view.snapshots > 0 {
+        sentence.push_str(&format!(
+            "; its {} snapshots are there until they are deleted (`ashlar snapshot list {}`)",
+            view.snapshots, view.id
+        ));
+    }
     context.output.done(&view, &sentence)
 }
 

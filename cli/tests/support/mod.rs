@@ -15,6 +15,9 @@ pub struct Model {
     pub disks: Vec<pb::Disk>,
     pub pools: Vec<pb::Pool>,
     pub volumes: Vec<pb::Volume>,
+    pub snapshots: Vec<pb::Snapshot>,
+    /// Refuse to take snapshots with this.
+    pub no_snapshots: Option<Status>,
     /// Answer everything with UNAVAILABLE.
     pub unavailable: bool,
     /// Request ids of mutations, in the order in which they came.
@@ -360,6 +363,89 @@ impl Metadata for Service {
         self.change(request.request_id, |_| {
             Err(Status::resource_exhausted("no disk of the pool has room"))
         })
+    }
+    async fn create_snapshots(
+        &self,
+        request: Request<pb::CreateSnapshotsRequest>,
+    ) -> Answer<pb::CreateSnapshotsResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            if let Some(status) = &m.no_snapshots {
+                return Err(status.clone());
+            }
+            let mut taken = Vec::new();
+            for item in request.items {
+                let named = |v: &&pb::Volume| v.volume_id == item.volume_id;
+                let volume = m.volumes.iter().find(named);
+                let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+                taken.push(pb::Snapshot {
+                    snapshot_id: vec![0x50 + (m.snapshots.len() + taken.len()) as u8; 16],
+                    name: item.name,
+                    volume_id: item.volume_id,
+                    volume_name: volume.name.clone(),
+                    number: 1,
+                    size_bytes: volume.size_bytes,
+                    created_unix_ms: 1_700_000_000_000,
+                    labels: item.labels,
+                    state: pb::SnapshotState::Ready.into(),
+                    group_name: request.group_name.clone(),
+                    ..Default::default()
+                });
+            }
+            m.snapshots.extend(taken.iter().cloned());
+            Ok(pb::CreateSnapshotsResponse { snapshots: taken })
+        })
+    }
+    async fn get_snapshot(&self, request: Request<pb::GetSnapshotRequest>) -> Answer<pb::Snapshot> {
+        let request = request.into_inner();
+        self.read(|m| {
+            m.snapshots
+                .iter()
+                .find(|s| s.name == request.name || s.snapshot_id == request.snapshot_id)
+                .cloned()
+                .ok_or_else(|| Status::not_found("no such snapshot"))
+        })
+    }
+    async fn list_snapshots(
+        &self,
+        request: Request<pb::ListSnapshotsRequest>,
+    ) -> Answer<pb::ListSnapshotsResponse> {
+        // One snapshot per page, so that paging is seen.
+        let request = request.into_inner();
+        let start: usize = request.page_token.parse().unwrap_or(0);
+        self.read(|m| {
+            let wanted = |s: &&pb::Snapshot| {
+                (request.volume_id.is_empty() || s.volume_id == request.volume_id)
+                    && (request.group_name.is_empty() || s.group_name == request.group_name)
+            };
+            let mut left = m.snapshots.iter().filter(wanted).skip(start).cloned();
+            let snapshots: Vec<_> = left.next().into_iter().collect();
+            let next_page_token = match left.next() {
+                Some(_) => (start + 1).to_string(),
+                None => String::new(),
+            };
+            Ok(pb::ListSnapshotsResponse {
+                snapshots,
+                next_page_token,
+            })
+        })
+    }
+    async fn delete_snapshots(
+        &self,
+        request: Request<pb::DeleteSnapshotsRequest>,
+    ) -> Answer<pb::DeleteSnapshotsResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            m.snapshots
+                .retain(|s| !request.snapshot_ids.contains(&s.snapshot_id));
+            Ok(pb::DeleteSnapshotsResponse {})
+        })
+    }
+    async fn report_held(
+        &self,
+        _: Request<pb::ReportHeldRequest>,
+    ) -> Answer<pb::ReportHeldResponse> {
+        unused()
     }
 
     type WatchVolumesStream =

@@ -7,6 +7,7 @@ mod capacity;
 mod create;
 mod expand;
 mod publish;
+mod snapshots;
 mod volumes;
 
 pub use publish::READ_ONLY_KEY;
@@ -26,7 +27,7 @@ use crate::rpc::{self, ControllerServiceCapability, controller_service_capabilit
 use crate::{validate, volume_id};
 
 /// What the controller can do.
-const CAPABILITIES: [Capability; 10] = [
+const CAPABILITIES: [Capability; 13] = [
     Capability::CreateDeleteVolume,
     Capability::PublishUnpublishVolume,
     Capability::ListVolumes,
@@ -37,6 +38,9 @@ const CAPABILITIES: [Capability; 10] = [
     Capability::GetVolume,
     Capability::SingleNodeMultiWriter,
     Capability::ModifyVolume,
+    Capability::CreateDeleteSnapshot,
+    Capability::ListSnapshots,
+    Capability::GetSnapshot,
 ];
 
 /// The service.
@@ -202,31 +206,29 @@ impl Controller for ControllerService {
 
     async fn create_snapshot(
         &self,
-        _: Request<rpc::CreateSnapshotRequest>,
+        request: Request<rpc::CreateSnapshotRequest>,
     ) -> Answer<rpc::CreateSnapshotResponse> {
-        unsupported(NO_SNAPSHOTS)
+        answer(self.take_snapshot(request.into_inner()).await)
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<rpc::DeleteSnapshotRequest>,
+        request: Request<rpc::DeleteSnapshotRequest>,
     ) -> Answer<rpc::DeleteSnapshotResponse> {
-        unsupported(NO_SNAPSHOTS)
+        answer(self.drop_snapshot(request.into_inner()).await)
     }
 
     async fn list_snapshots(
         &self,
-        _: Request<rpc::ListSnapshotsRequest>,
+        request: Request<rpc::ListSnapshotsRequest>,
     ) -> Answer<rpc::ListSnapshotsResponse> {
-        unsupported(NO_SNAPSHOTS)
+        answer(self.snapshots(request.into_inner()).await)
     }
 
     async fn get_snapshot(
         &self,
-        _: Request<rpc::GetSnapshotRequest>,
+        request: Request<rpc::GetSnapshotRequest>,
     ) -> Answer<rpc::GetSnapshotResponse> {
-        unsupported(NO_SNAPSHOTS)
+        answer(self.snapshot(request.into_inner()).await)
     }
 }
-
-const NO_SNAPSHOTS: &str = "snapshots are not supported yet";

@@ -9,9 +9,9 @@ use crate::volume_id::STRING_BYTES_MAX;
 use crate::{rpc, validate};
 
 /// Prefix of the tokens that this driver gives out.
-const TOKEN_PREFIX: &str = "after:";
-/// Most volumes of one answer.
-const PAGE_MAX: u32 = 1000;
+pub(super) const TOKEN_PREFIX: &str = "after:";
+/// Most entries of one answer.
+pub(super) const PAGE_MAX: u32 = 1000;
 
 /// The last volume of the page before.
 fn read_token(token: &str) -> Result<&str> {

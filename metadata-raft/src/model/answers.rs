@@ -87,6 +87,7 @@ fn weight(answer: &Answer) -> usize {
                 + published
         }
         Answer::Done => 64,
+        Answer::Snapshots(ids) => BASE + ids.len() * 16,
         Answer::Node(_) | Answer::Disk(_) | Answer::Pool(_) => 2 * BASE,
     }
 }

@@ -66,6 +66,11 @@ impl Operation {
             Self::UnpublishVolume { .. } => 18,
             Self::SetVolumeFormat { .. } => 19,
             Self::JoinVolume(_) => 20,
+            Self::ReserveSnapshots(_) => 21,
+            Self::CommitSnapshots(_) => 22,
+            Self::CancelSnapshots(_) => 23,
+            Self::DeleteSnapshots(_) => 24,
+            Self::ForgetSnapshots(_) => 25,
         }
     }
 
@@ -78,6 +83,9 @@ impl Operation {
                 | Self::RegisterDisk(_)
                 | Self::RegisterAttacher(_)
                 | Self::ForgetGarbage(_)
+                | Self::ReserveSnapshots(_)
+                | Self::CancelSnapshots(_)
+                | Self::ForgetSnapshots(_)
         )
     }
 }
@@ -116,6 +124,11 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         Operation::UnpublishVolume { volume, node } => state.unpublish_volume(*volume, node),
         Operation::SetVolumeFormat { volume, format } => state.set_volume_format(*volume, format),
         Operation::JoinVolume(open) => state.join_volume(open),
+        Operation::ReserveSnapshots(reserve) => state.reserve_snapshots(reserve),
+        Operation::CommitSnapshots(commits) => state.commit_snapshots(commits),
+        Operation::CancelSnapshots(ids) => state.cancel_snapshots(ids),
+        Operation::DeleteSnapshots(ids) => state.delete_snapshots(ids),
+        Operation::ForgetSnapshots(ids) => Ok(state.forget_snapshots(ids)),
     }
 }
 
@@ -208,7 +221,8 @@ impl State {
         let replicas = self.disk_use(id).replicas;
         if replicas > 0 {
             return Err(Refusal::precondition(format!(
-                "disk {id} still holds {replicas} replicas; move them away with `ashlar replica move` first"
+                "disk {id} still holds {replicas} replicas; move them away with `ashlar replica move` first (those of \
+                 deleted volumes go with their last snapshot, see `ashlar snapshot list`)"
             )));
         }
         self.node_disks.remove(&(disk.node, id));
@@ -260,7 +274,8 @@ impl State {
         let volumes = self.pool_use(id).volumes;
         if volumes > 0 {
             return Err(Refusal::precondition(format!(
-                "pool {name} still has {volumes} volumes; delete them first"
+                "pool {name} still has {volumes} volumes (deleted ones with snapshots count); delete them, and their snapshots, \
+                 first"
             )));
         }
         self.pools.remove(&id);

@@ -1,12 +1,13 @@
 //! Commands about volumes as a whole: create, resize, delete, open, close.
 //!
 //! Rules R0 and R1 of DESIGN section 4: every grant yields a new epoch, and an open makes every
-//! `Rebuilding` replica `Stale`.
+//! `Rebuilding` replica `Stale`. An open also cancels the pending snapshot of the volume, with its group (S5).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_proto::ids::{ClientId, DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
+use ashlar_proto::layers::LayerList;
 
 use super::cluster::PoolSpec;
 use super::command::{Answer, CreateVolume, OpenVolume, Refusal, Response};
@@ -15,11 +16,18 @@ use super::{State, validate};
 
 impl State {
     pub(super) fn require_volume(&self, id: VolumeId) -> Result<&Arc<Volume>, Refusal> {
-        self.volumes.get(&id).ok_or_else(|| {
+        let volume = self.volumes.get(&id).ok_or_else(|| {
             Refusal::not_found(format!(
                 "volume {id} does not exist; see `ashlar volume list`"
             ))
-        })
+        })?;
+        if volume.hidden {
+            return Err(Refusal::not_found(format!(
+                "volume {id} ({}) was deleted; only its snapshots are left, see `ashlar snapshot list`",
+                volume.name
+            )));
+        }
+        Ok(volume)
     }
 
     /// The volume that a retried creation would get, or the refusal because the name is taken.
@@ -91,6 +99,8 @@ impl State {
             format: None,
             readers: Vec::new(),
             reader_revoked: false,
+            layers: LayerList::default(),
+            hidden: false,
         })?;
         Ok(Answer::Volume(volume))
     }
@@ -188,7 +198,7 @@ impl State {
     }
 
     pub(super) fn delete_volume(&mut self, id: VolumeId) -> Response {
-        let Some(volume) = self.volumes.get(&id).cloned() else {
+        let Some(volume) = self.volumes.get(&id).filter(|v| !v.hidden).cloned() else {
             return Ok(Answer::Done);
         };
         if let Some(user) = volume.holder.iter().chain(&volume.readers).next() {
@@ -204,8 +214,7 @@ impl State {
                 volume.published_to()
             )));
         }
-        self.uninstall(&volume);
-        Ok(Answer::Done)
+        self.remove_or_hide(&volume)
     }
 
     pub(super) fn open_volume(&mut self, open: &OpenVolume) -> Response {
@@ -231,7 +240,9 @@ impl State {
         }
         // A reader that did not leave may answer reads for a lease.
         let previous_clean = volume.clean && volume.readers.is_empty() && !volume.reader_revoked;
-        let mut next = Volume::clone(volume);
+        let mut cancelled = self.cancellation_by_open(volume);
+        let settled = cancelled.volumes.remove(&volume.id);
+        let mut next = settled.unwrap_or_else(|| Volume::clone(volume));
         for replica in next.groups.iter_mut().flatten() {
             if replica.state == ReplicaState::Rebuilding {
                 replica.state = ReplicaState::Stale;
@@ -249,8 +260,16 @@ impl State {
         next.clean = false;
         next.readers.clear();
         next.reader_revoked = false;
+        let id = next.id;
+        let mut nexts: Vec<_> = cancelled.volumes.into_values().collect();
+        nexts.push(next);
+        let installed = self.install_all(nexts)?;
+        for snapshot in cancelled.snapshots {
+            self.snapshots.remove(snapshot);
+        }
+        let volume = installed.into_iter().find(|v| v.id == id);
         Ok(Answer::Opened {
-            volume: self.install(next)?,
+            volume: volume.ok_or_else(|| Refusal::internal("the opened volume is gone"))?,
             previous_clean,
         })
     }

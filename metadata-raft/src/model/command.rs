@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use ashlar_proto::ids::{
     ClientId, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, PoolId, ReplicaState,
-    VolumeId,
+    SnapshotId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
 use super::cluster::{Disk, Labels, Node, Pool, PoolSpec};
+use super::snapshot::SnapshotGroup;
 use super::volume::{AttachMode, Format, Volume};
 
 /// Identifies a request: a retry with the same id gets the same answer.
@@ -131,6 +132,49 @@ pub enum Operation {
     },
     /// A client joins the readers (R10).
     JoinVolume(OpenVolume),
+    /// Gives out a snapshot number for each of some volumes (S1).
+    ReserveSnapshots(ReserveSnapshots),
+    /// The leader that reserved them heard that all their writers hold (S3).
+    CommitSnapshots(Vec<CommitSnapshot>),
+    /// Gives pending ones up, with the others of their groups.
+    CancelSnapshots(Vec<SnapshotId>),
+    /// Takes ready ones off the live lists (S8).
+    DeleteSnapshots(Vec<SnapshotId>),
+    /// Nothing is left of deleting ones.
+    ForgetSnapshots(Vec<SnapshotId>),
+}
+
+/// See [`Operation::ReserveSnapshots`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReserveSnapshots {
+    /// One per volume.
+    pub snapshots: Vec<NewSnapshot>,
+    /// Of all of them; needed for more than one.
+    pub group: Option<SnapshotGroup>,
+    /// The leader's clock.
+    pub created_unix_ms: u64,
+}
+
+/// A snapshot to take.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NewSnapshot {
+    /// Identity of the new snapshot.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: String,
+    /// The volume.
+    pub volume: VolumeId,
+    /// Labels.
+    pub labels: Labels,
+}
+
+/// A pending snapshot, and who held its volume's writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CommitSnapshot {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The holder that reported; `None`: nobody has the volume, and its last close was clean (S4).
+    pub holder: Option<(ClientId, Epoch)>,
 }
 
 /// See [`Operation::RegisterAttacher`].
@@ -237,6 +281,8 @@ pub enum Answer {
         /// Why it was refused.
         reason: String,
     },
+    /// Snapshots, in the order of the command. Identities only: what they are changes.
+    Snapshots(Vec<SnapshotId>),
 }
 
 /// Why a command was refused, as the gRPC codes of `metadata.proto`.
@@ -254,6 +300,8 @@ pub enum RefusalCode {
     ResourceExhausted,
     /// An invariant would have been broken: a bug; nothing was changed.
     Internal,
+    /// Something that lasts moments is in the way: try again.
+    Aborted,
 }
 
 /// A refused command: nothing changed.
@@ -289,7 +337,9 @@ refusal_constructors! {
     /// No room.
     exhausted => ResourceExhausted,
     /// A bug.
-    internal => Internal
+    internal => Internal,
+    /// Try again.
+    aborted => Aborted
 }
 
 /// What apply answers.

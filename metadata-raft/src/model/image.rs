@@ -15,11 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use super::answers::Remembered;
 use super::cluster::{Disk, Labels, Node, Pool};
+use super::snapshot::Snapshot;
 use super::volume::Volume;
-use super::{State, check_state, image_v1};
+use super::{State, check_state, image_v1, image_v2};
 
 /// Version of the form; older ones are read by an upgrade, newer ones refused.
-pub const IMAGE_VERSION: u32 = 2;
+pub const IMAGE_VERSION: u32 = 3;
 /// Longest record.
 const RECORD_BYTES_MAX: usize = 1024 * 1024;
 
@@ -56,6 +57,7 @@ pub(super) enum Record {
     Answer(Remembered),
     End(u64),
     AttacherLabels(String, Labels),
+    Snapshot(Arc<Snapshot>),
 }
 
 fn config() -> bincode::config::Configuration<
@@ -64,6 +66,23 @@ fn config() -> bincode::config::Configuration<
     bincode::config::Limit<RECORD_BYTES_MAX>,
 > {
     bincode::config::standard().with_limit::<RECORD_BYTES_MAX>()
+}
+
+/// A record of a known version as this program has it, and the bytes that it took.
+fn decode(version: u32, bytes: &[u8]) -> Result<(Record, usize), ImageError> {
+    Ok(match version {
+        image_v1::IMAGE_VERSION => {
+            let (old, used): (image_v1::Record, usize) =
+                bincode::serde::decode_from_slice(bytes, config())?;
+            (old.upgrade(), used)
+        }
+        image_v2::IMAGE_VERSION => {
+            let (old, used): (image_v2::Record, usize) =
+                bincode::serde::decode_from_slice(bytes, config())?;
+            (old.upgrade(), used)
+        }
+        _ => bincode::serde::decode_from_slice(bytes, config())?,
+    })
 }
 
 impl State {
@@ -75,6 +94,7 @@ impl State {
             disks: self.disks.clone(),
             pools: self.pools.clone(),
             volumes: self.volumes.clone(),
+            snapshots: self.snapshots.clone(),
             garbage: self.garbage.clone(),
             answers: self.answers.clone(),
             attacher_labels: self.attacher_labels.clone(),
@@ -119,6 +139,9 @@ impl State {
         self.attacher_labels
             .iter()
             .try_for_each(|(n, l)| put(Record::AttacherLabels(n.clone(), l.clone())))?;
+        self.snapshots
+            .iter()
+            .try_for_each(|s| put(Record::Snapshot(s.clone())))?;
         let bytes = bincode::serde::encode_to_vec(Record::End(count), config())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;
         out.write_all(&bytes)?;
@@ -130,7 +153,7 @@ impl State {
         let mut word = [0_u8; 4];
         input.read_exact(&mut word)?;
         let version = u32::from_le_bytes(word);
-        if version != IMAGE_VERSION && version != image_v1::IMAGE_VERSION {
+        if !(image_v1::IMAGE_VERSION..=IMAGE_VERSION).contains(&version) {
             return Err(ImageError::Version(version));
         }
         let inconsistent = |what: &str| ImageError::Inconsistent(what.to_owned());
@@ -144,13 +167,7 @@ impl State {
             }
             buffer.resize(length, 0);
             input.read_exact(&mut buffer)?;
-            let (record, used): (Record, usize) = if version == IMAGE_VERSION {
-                bincode::serde::decode_from_slice(&buffer, config())?
-            } else {
-                let (old, used): (image_v1::Record, usize) =
-                    bincode::serde::decode_from_slice(&buffer, config())?;
-                (old.upgrade(), used)
-            };
+            let (record, used) = decode(version, &buffer)?;
             if used != length {
                 return Err(inconsistent("a record has trailing bytes"));
             }
@@ -192,6 +209,7 @@ impl State {
             Record::AttacherLabels(node, labels) => {
                 self.attacher_labels.insert(node, labels);
             }
+            Record::Snapshot(snapshot) => self.snapshots.insert(Arc::unwrap_or_clone(snapshot)),
             Record::End(_) => {}
         }
     }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ashlar_proto::ids::{ClusterId, DiskId, Epoch, PoolId, SnapshotNumber, VolumeId};
+use ashlar_proto::layers::LayerList;
 use serde::Deserialize;
 
 use super::answers::Remembered;
@@ -117,6 +118,8 @@ impl Volume {
             format: None,
             readers: Vec::new(),
             reader_revoked: false,
+            layers: LayerList::default(),
+            hidden: false,
         })
     }
 }

@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ashlar_proto::ids::{DiskId, Epoch, ReplicaState};
+use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotId, SnapshotNumber};
 
+use super::snapshot::{Snapshot, SnapshotState, Snapshots};
 use super::volume::{AttachMode, FormatState, Volume};
 use super::{DiskUse, PoolUse, State, validate};
 
@@ -21,8 +22,8 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
     check_volume(after)?;
     let Some(before) = before else {
         return require(
-            after.epoch == Epoch(0) && after.holder.is_none(),
-            "a new volume is detached, at epoch 0",
+            after.epoch == Epoch(0) && after.holder.is_none() && after.snapshot.0 == 0,
+            "a new volume is detached, at epoch 0, without snapshots",
         );
     };
     require(
@@ -48,6 +49,7 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
         formatted(before).is_none() || before.format == after.format,
         "what is formatted stays so",
     )?;
+    check_layers_transition(before, after)?;
     let same_epoch = after.epoch == before.epoch;
     require(
         !same_epoch || after.groups == before.groups,
@@ -88,6 +90,53 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
     Ok(())
 }
 
+/// S1, S6, S8.
+fn check_layers_transition(before: &Volume, after: &Volume) -> Check {
+    require(
+        after.snapshot.0 == before.snapshot.0
+            || (after.snapshot.0 == before.snapshot.0 + 1 && !before.is_snapshot_pending()),
+        "one number at a time, and never one twice",
+    )?;
+    let (old, new) = (&before.layers, &after.layers);
+    require(new.settled >= old.settled, "what is settled stays so")?;
+    require(
+        new.revision == old.revision + u64::from(old != new),
+        "a changed layer list has the next revision",
+    )?;
+    require(
+        new.live
+            .iter()
+            .all(|n| *n > old.settled || old.live.binary_search(n).is_ok()),
+        "a number is not made live again",
+    )?;
+    require(
+        after.hidden || !before.hidden,
+        "a deleted volume stays deleted",
+    )
+}
+
+/// S1, S6: the numbers of a volume by themselves.
+fn check_layers(volume: &Volume) -> Check {
+    volume.layers.check().map_err(|e| e.to_string())?;
+    require(
+        volume.layers.live.len() <= validate::SNAPSHOTS_MAX,
+        "too many snapshots",
+    )?;
+    let settled = volume.layers.settled.0;
+    require(
+        settled == volume.snapshot.0 || settled + 1 == volume.snapshot.0,
+        "at most the highest number is pending",
+    )?;
+    let unused = volume.holder.is_none()
+        && volume.readers.is_empty()
+        && volume.publications.is_empty()
+        && !volume.is_snapshot_pending();
+    require(
+        !volume.hidden || (unused && !volume.layers.live.is_empty()),
+        "a deleted volume is kept for its snapshots, and unused",
+    )
+}
+
 /// Checks a volume by itself.
 fn check_volume(volume: &Volume) -> Check {
     require(
@@ -118,6 +167,7 @@ fn check_volume(volume: &Volume) -> Check {
         "published to one node, or read-only to a bounded number",
     )?;
     check_readers(volume)?;
+    check_layers(volume)?;
     for group in &volume.groups {
         require(
             group.iter().any(|r| r.state == ReplicaState::InSync),
@@ -182,14 +232,17 @@ pub fn check_state(state: &State) -> Check {
     let mut pool_use = BTreeMap::<_, PoolUse>::new();
     let mut disk_volumes = BTreeSet::new();
     let mut repairable = BTreeSet::new();
+    let mut layered = BTreeSet::new();
     let mut rebuilding = 0;
     for (id, volume) in &state.volumes {
         require(*id == volume.id, "volume under another id")?;
         check_volume(volume).map_err(|broken| format!("volume {}: {broken}", volume.name))?;
         require(
-            state.volume_by_name.get(&volume.name) == Some(id),
+            volume.hidden || state.volume_by_name.get(&volume.name) == Some(id),
             "index of volume names",
         )?;
+        check_snapshots_of(&state.snapshots, volume)
+            .map_err(|broken| format!("volume {}: {broken}", volume.name))?;
         require(
             state.pools.contains_key(&volume.pool),
             "volume without pool",
@@ -210,6 +263,9 @@ pub fn check_state(state: &State) -> Check {
             disk.provisioned_bytes += volume.share_bytes();
             pool.provisioned_bytes += volume.share_bytes();
             disk_volumes.insert((replica.disk, *id));
+            if volume.layers.revision > 0 {
+                layered.insert((replica.disk, *id));
+            }
             if volume.holder.is_some() {
                 match replica.state {
                     ReplicaState::Stale => drop(repairable.insert((replica.disk, *id))),
@@ -223,7 +279,7 @@ pub fn check_state(state: &State) -> Check {
         }
     }
     require(
-        state.volume_by_name.len() == state.volumes.len(),
+        state.volume_by_name.len() == state.volumes.values().filter(|v| !v.hidden).count(),
         "index of volume names",
     )?;
     require(disk_use == state.disk_use, "use of disks")?;
@@ -236,8 +292,70 @@ pub fn check_state(state: &State) -> Check {
         repairable == state.repairable,
         "index of repairable replicas",
     )?;
+    require(layered == state.layered, "index of layered replicas")?;
     require(rebuilding == state.rebuilding, "number of rebuilds")?;
+    check_snapshots(state)?;
     check_names(state)
+}
+
+/// The snapshots of a volume are what its numbers say.
+fn check_snapshots_of(snapshots: &Snapshots, volume: &Volume) -> Check {
+    let mut ready = BTreeSet::new();
+    let mut pending = Vec::new();
+    for snapshot in snapshots.of_volume(volume.id, SnapshotId::NIL) {
+        match snapshot.state {
+            SnapshotState::Pending => pending.push(snapshot.number),
+            SnapshotState::Ready => {
+                require(ready.insert(snapshot.number), "a number twice")?;
+                require(
+                    snapshot.size_bytes <= volume.size_bytes,
+                    "a snapshot larger than its volume",
+                )?;
+            }
+            SnapshotState::Deleting { revision } => require(
+                revision <= volume.layers.revision
+                    && volume.layers.live.binary_search(&snapshot.number).is_err(),
+                "a deleting snapshot is off the list",
+            )?,
+        }
+    }
+    let expected: &[SnapshotNumber] = if volume.is_snapshot_pending() {
+        &[volume.snapshot]
+    } else {
+        &[]
+    };
+    require(pending == expected, "the pending snapshot of a volume")?;
+    require(
+        ready.iter().eq(&volume.layers.live),
+        "ready snapshots are the live numbers",
+    )
+}
+
+/// Every snapshot has its volume, names are unique, and a group is pending as a whole.
+fn check_snapshots(state: &State) -> Check {
+    let mut again = Snapshots::default();
+    let mut names = BTreeSet::new();
+    let mut groups = BTreeMap::new();
+    for snapshot in state.snapshots.iter() {
+        require(
+            state.volumes.contains_key(&snapshot.volume),
+            "snapshot without volume",
+        )?;
+        require(
+            snapshot.is_deleting() || names.insert(&snapshot.name),
+            "a snapshot's name twice",
+        )?;
+        if let Some(group) = snapshot.group.as_ref().filter(|_| !snapshot.is_deleting()) {
+            let pending = snapshot.state == SnapshotState::Pending;
+            let known = groups.entry(&group.name).or_insert((group.id, pending));
+            require(
+                *known == (group.id, pending),
+                "a group's name is one group, pending as a whole",
+            )?;
+        }
+        again.insert(Snapshot::clone(snapshot));
+    }
+    require(again == state.snapshots, "index of snapshots")
 }
 
 fn check_names(state: &State) -> Check {

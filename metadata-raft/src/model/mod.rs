@@ -13,12 +13,15 @@ mod apply;
 mod apply_publications;
 mod apply_readers;
 mod apply_replicas;
+mod apply_snapshots;
 mod apply_volume;
 mod cluster;
 mod command;
 mod image;
 mod image_v1;
+mod image_v2;
 mod invariants;
+mod snapshot;
 pub mod validate;
 pub mod view;
 mod volume;
@@ -34,11 +37,13 @@ pub(crate) use apply::no_such_pool;
 pub use apply_publications::attacher_id;
 pub use cluster::{Disk, Domain, FailureDomain, Labels, Node, Pool, PoolSpec, ZONE_LABEL};
 pub use command::{
-    Answer, Attacher, ChangeReplicas, Command, CreateVolume, OpenVolume, Operation, Refusal,
-    RefusalCode, ReplicaChange, RequestKey, Response,
+    Answer, Attacher, ChangeReplicas, Command, CommitSnapshot, CreateVolume, NewSnapshot,
+    OpenVolume, Operation, Refusal, RefusalCode, ReplicaChange, RequestKey, ReserveSnapshots,
+    Response,
 };
 pub use image::{IMAGE_VERSION, ImageError};
 pub use invariants::{check_state, check_transition};
+pub use snapshot::{Snapshot, SnapshotGroup, SnapshotState, Snapshots};
 pub use volume::{
     AttachMode, Attachment, Format, FormatState, Group, Replica, Volume, share_bytes,
 };
@@ -84,6 +89,7 @@ pub struct State {
     disks: BTreeMap<DiskId, Disk>,
     pools: BTreeMap<PoolId, Pool>,
     volumes: BTreeMap<VolumeId, Arc<Volume>>,
+    snapshots: Snapshots,
     /// Former replicas whose data a disk is still to drop, with the volume's epoch at that time.
     garbage: BTreeMap<(DiskId, VolumeId), Epoch>,
     answers: RecentAnswers,
@@ -98,6 +104,10 @@ pub struct State {
     node_disks: BTreeSet<(NodeId, DiskId)>,
     /// Stale replicas of attached volumes: what the repair loop looks at.
     repairable: BTreeSet<(DiskId, VolumeId)>,
+    /// Replicas of volumes that have (or had) snapshots: what layer lists are sent to.
+    layered: BTreeSet<(DiskId, VolumeId)>,
+    /// Grows with every change of `layered` or of a layer list.
+    layers_generation: u64,
     disk_use: BTreeMap<DiskId, DiskUse>,
     pool_use: BTreeMap<PoolId, PoolUse>,
     rebuilding: u32,
@@ -156,9 +166,14 @@ impl State {
         self.pools.values()
     }
 
-    /// A volume.
+    /// A volume; also one that is hidden.
     pub fn volume(&self, id: VolumeId) -> Option<&Arc<Volume>> {
         self.volumes.get(&id)
+    }
+
+    /// The snapshots.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
     }
 
     /// A volume by its name.
@@ -166,12 +181,12 @@ impl State {
         self.volumes.get(self.volume_by_name.get(name)?)
     }
 
-    /// All volumes, by id.
+    /// All volumes, by id, hidden ones included.
     pub fn volumes(&self) -> impl Iterator<Item = &Arc<Volume>> {
         self.volumes.values()
     }
 
-    /// Number of volumes.
+    /// Number of volumes, hidden ones included.
     pub fn volume_count(&self) -> usize {
         self.volumes.len()
     }
@@ -197,6 +212,16 @@ impl State {
     /// Whether any attached volume has a stale replica.
     pub fn has_repairable(&self) -> bool {
         !self.repairable.is_empty()
+    }
+
+    /// Volumes with a replica on a disk that have (or had) snapshots.
+    pub fn layered_on(&self, disk: DiskId) -> impl Iterator<Item = VolumeId> {
+        range_of(&self.layered, disk)
+    }
+
+    /// Differs from an earlier answer if [`Self::layered_on`] or any layer list changed since. Not replicated.
+    pub fn layers_generation(&self) -> u64 {
+        self.layers_generation
     }
 
     /// Replicas that a disk no longer holds but may still have data of.
@@ -256,28 +281,43 @@ impl State {
 
     /// Replaces (or adds) a volume after checking the transition; counts its revision.
     fn install(&mut self, mut next: Volume) -> Result<Arc<Volume>, Refusal> {
-        let before = self.volumes.get(&next.id).cloned();
+        self.check_next(&mut next)?;
+        Ok(self.put(next))
+    }
+
+    /// [`Self::install`] for several different volumes: all of them or none.
+    fn install_all(&mut self, mut nexts: Vec<Volume>) -> Result<Vec<Arc<Volume>>, Refusal> {
+        nexts.iter_mut().try_for_each(|n| self.check_next(n))?;
+        Ok(nexts.into_iter().map(|n| self.put(n)).collect())
+    }
+
+    fn check_next(&self, next: &mut Volume) -> Result<(), Refusal> {
         next.revision += 1;
-        check_transition(before.as_deref(), &next).map_err(|broken| {
+        let before = self.volumes.get(&next.id);
+        check_transition(before.map(|v| &**v), next).map_err(|broken| {
             Refusal::internal(format!(
                 "refused, because it would break an invariant of volume {}: {broken}; please report this as a bug",
                 next.name
             ))
-        })?;
-        if let Some(before) = &before {
-            self.index(before, false);
+        })
+    }
+
+    fn put(&mut self, next: Volume) -> Arc<Volume> {
+        if let Some(before) = self.volumes.get(&next.id).cloned() {
+            self.index(&before, false);
         }
         let next = Arc::new(next);
         self.index(&next, true);
         self.volumes.insert(next.id, next.clone());
         self.note(Change::Volume(next.id));
-        Ok(next)
+        next
     }
 
-    /// Removes a volume and remembers what its disks are to drop.
+    /// Removes a volume with its snapshots, and remembers what its disks are to drop.
     fn uninstall(&mut self, volume: &Arc<Volume>) {
         self.index(volume, false);
         self.volumes.remove(&volume.id);
+        self.snapshots.remove_volume(volume.id);
         for disk in volume.disks() {
             self.garbage.insert((disk, volume.id), volume.epoch);
         }
@@ -307,6 +347,10 @@ impl State {
             if volume.holder.is_some() && replica.state == ReplicaState::Stale {
                 set(&mut self.repairable, key, add);
             }
+            if volume.layers.revision > 0 {
+                set(&mut self.layered, key, add);
+                self.layers_generation += 1;
+            }
         }
         let pool_use = self.pool_use.entry(volume.pool).or_default();
         apply(&mut pool_use.volumes);
@@ -318,6 +362,9 @@ impl State {
         };
         if pool_use.volumes == 0 {
             self.pool_use.remove(&volume.pool);
+        }
+        if volume.hidden {
+            return;
         }
         if add {
             self.volume_by_name.insert(volume.name.clone(), volume.id);

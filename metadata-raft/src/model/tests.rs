@@ -11,6 +11,7 @@ use super::*;
 mod publications;
 mod random;
 mod readers;
+mod snapshots;
 
 fn key(n: u128) -> RequestKey {
     RequestKey(n.to_be_bytes())

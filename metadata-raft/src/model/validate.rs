@@ -25,6 +25,12 @@ pub const OVERPROVISION_PERCENT_MAX: u32 = 1_000_000;
 pub const PUBLICATIONS_MAX: usize = 1024;
 /// Most clients that read a volume at once.
 pub const READERS_MAX: usize = 1024;
+/// Most live snapshots of a volume.
+pub const SNAPSHOTS_MAX: usize = 1000;
+/// Most snapshots of a volume together with those that are being deleted.
+pub const SNAPSHOTS_KEPT_MAX: usize = 4096;
+/// Most volumes whose snapshots are taken at one point in time.
+pub const SNAPSHOT_VOLUMES_MAX: usize = 256;
 /// Most entries of one batch in a command.
 pub const BATCH_MAX: usize = 1024;
 

@@ -5,6 +5,7 @@ use ashlar_proto::rpc::metadata as pb;
 
 use super::State;
 use super::cluster::{FailureDomain, Pool, PoolSpec};
+use super::snapshot::{Snapshot, SnapshotState};
 use super::volume::{AttachMode, Attachment, Format, FormatState, Replica, Volume};
 
 /// A volume.
@@ -31,8 +32,8 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         clean: volume.clean,
         opened_once: volume.opened_once,
         snapshot_number: volume.snapshot.0,
-        snapshot_pending: false,
-        layers: None,
+        snapshot_pending: volume.is_snapshot_pending(),
+        layers: Some((&volume.layers).into()),
         revision: volume.revision,
         publications: volume
             .publications
@@ -46,6 +47,33 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         readers: volume.readers.iter().map(attachment).collect(),
         created_unix_ms: volume.created_unix_ms,
         labels: volume.labels.clone().into_iter().collect(),
+    }
+}
+
+/// A snapshot, without what is told by heartbeats.
+pub fn snapshot(state: &State, snapshot: &Snapshot) -> pb::Snapshot {
+    let volume = state.volume(snapshot.volume);
+    let group = snapshot.group.as_ref();
+    pb::Snapshot {
+        snapshot_id: snapshot.id.to_vec(),
+        name: snapshot.name.clone(),
+        volume_id: snapshot.volume.to_vec(),
+        volume_name: volume.map(|v| v.name.clone()).unwrap_or_default(),
+        number: snapshot.number.0,
+        size_bytes: snapshot.size_bytes,
+        created_unix_ms: snapshot.created_unix_ms,
+        labels: snapshot.labels.clone().into_iter().collect(),
+        state: match snapshot.state {
+            SnapshotState::Pending => pb::SnapshotState::Pending,
+            SnapshotState::Ready => pb::SnapshotState::Ready,
+            SnapshotState::Deleting { .. } => pb::SnapshotState::Deleting,
+        }
+        .into(),
+        group_id: group.map(|g| g.id.to_vec()).unwrap_or_default(),
+        group_name: group.map(|g| g.name.clone()).unwrap_or_default(),
+        replicas_left: 0,
+        chunks_left: 0,
+        volume_deleted: volume.is_none_or(|v| v.hidden),
     }
 }
 

@@ -7,7 +7,9 @@
 //!   (disk, volume) and not to a group);
 //! - a replica that is `leaving` has its successor in the same group;
 //! - who may attach: a volume is published to one node exclusively, or to any number read-only;
-//! - a volume has a holder or readers (R10), and what readers read is clean and made.
+//! - a volume has a holder or readers (R10), and what readers read is clean and made;
+//! - at most one snapshot number is reserved and not settled, the highest (docs/snapshots.md, S1);
+//! - a hidden volume has live snapshots, and nobody uses it or may.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +17,7 @@ use ashlar_proto::ids::{
     CHUNK_SIZE, ClientId, DiskId, Epoch, Incarnation, NodeId, PoolId, ReplicaState, SnapshotNumber,
     VolumeId,
 };
+use ashlar_proto::layers::LayerList;
 use serde::{Deserialize, Serialize};
 
 use super::cluster::Labels;
@@ -125,7 +128,7 @@ pub struct Volume {
     pub clean: bool,
     /// A holder made the replicas and recorded their incarnations: data may exist.
     pub opened_once: bool,
-    /// Number that new writes carry.
+    /// Number that new writes carry: the highest that was reserved.
     pub snapshot: SnapshotNumber,
     /// Grows with every change of the volume.
     pub revision: u64,
@@ -142,6 +145,10 @@ pub struct Volume {
     /// A reader was taken off the list and may answer reads for the rest of its lease: the next holder waits as
     /// after an unclean close.
     pub reader_revoked: bool,
+    /// Which snapshots are live (S6).
+    pub layers: LayerList,
+    /// It was deleted and is kept for its snapshots only: its name is free, and nobody finds it.
+    pub hidden: bool,
 }
 
 impl Volume {
@@ -174,6 +181,11 @@ impl Volume {
                 replica.rebuild_epoch = self.epoch;
             }
         }
+    }
+
+    /// Whether the highest number is reserved and not settled (S1).
+    pub fn is_snapshot_pending(&self) -> bool {
+        self.snapshot > self.layers.settled
     }
 
     /// Whether readers may join: nobody writes, nothing is to be reconciled, the replicas are made (R10).

@@ -275,7 +275,10 @@ impl Member {
         }
         let node = convert::id("node_id", &request.node_id, NodeId::from_slice)?;
         if request.disks.len() > DISKS_MAX
-            || request.disks.iter().any(|d| d.volumes.len() > VOLUMES_MAX)
+            || request
+                .disks
+                .iter()
+                .any(|d| d.volumes.len() > VOLUMES_MAX || d.layers.len() > VOLUMES_MAX)
         {
             return Err(Status::invalid_argument("disks: too many in one heartbeat").into());
         }
@@ -283,6 +286,7 @@ impl Member {
             known: true,
             drop: Vec::new(),
             interval_ms: HEARTBEAT_MS,
+            set_layers: Vec::new(),
         };
         let mut gone = Vec::new();
         let mut reports = Vec::new();
@@ -309,6 +313,9 @@ impl Member {
                 }
                 if registered && !status.failed {
                     garbage(&state, id, status, &mut response.drop, &mut gone);
+                    let mut liveness = self.liveness();
+                    let disk = liveness.layers_mut(id);
+                    disk.hear(&state, status, id, &mut response.set_layers);
                 }
             }
         }

@@ -16,6 +16,7 @@ pub fn status(refusal: Refusal) -> Status {
         RefusalCode::FailedPrecondition => tonic::Code::FailedPrecondition,
         RefusalCode::ResourceExhausted => tonic::Code::ResourceExhausted,
         RefusalCode::Internal => tonic::Code::Internal,
+        RefusalCode::Aborted => tonic::Code::Aborted,
     };
     Status::new(code, refusal.message)
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use ashlar_proto::ids::{DiskId, NodeId};
 
+use super::layers::DiskLayers;
 use crate::model::State;
 use crate::planner::DiskView;
 
@@ -31,6 +32,7 @@ pub struct Liveness {
     leading_since: Option<Instant>,
     nodes: BTreeMap<NodeId, Instant>,
     disks: BTreeMap<DiskId, DiskReport>,
+    layers: BTreeMap<DiskId, DiskLayers>,
 }
 
 impl Liveness {
@@ -56,6 +58,17 @@ impl Liveness {
     /// A disk was removed.
     pub fn forget(&mut self, disk: DiskId) {
         self.disks.remove(&disk);
+        self.layers.remove(&disk);
+    }
+
+    /// What a disk reported of its replicas' layer lists.
+    pub fn layers(&self, disk: DiskId) -> Option<&DiskLayers> {
+        self.layers.get(&disk)
+    }
+
+    /// The same, to take a report in; only for registered disks.
+    pub fn layers_mut(&mut self, disk: DiskId) -> &mut DiskLayers {
+        self.layers.entry(disk).or_default()
     }
 
     /// Whether a node is alive.

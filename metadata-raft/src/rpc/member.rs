@@ -19,6 +19,7 @@ use tonic::{Code, Request, Response, Status};
 use super::convert;
 use super::liveness::{Liveness, View};
 use super::read_barrier::ReadBarrier;
+use super::taking::Takings;
 use crate::metrics::{Outcome, Proposal};
 use crate::model::{Answer, Command, State};
 use crate::planner::DiskView;
@@ -36,6 +37,8 @@ const ATTEMPT_DEADLINE: Duration = Duration::from_secs(3);
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a majority to confirm a command or a read.
 const MAJORITY_DEADLINE: Duration = Duration::from_millis(2500);
+/// Longest message: a page of volumes or snapshots with many labels, a heartbeat of a node with many replicas.
+pub(super) const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Connections to members kept.
 const CHANNELS_MAX: usize = 16;
 
@@ -81,6 +84,8 @@ pub struct Member {
     pub(crate) role: watch::Receiver<Role>,
     /// Something may be repairable.
     pub(crate) repair: Notify,
+    /// Snapshots that calls of this member take.
+    pub(super) takings: Takings,
     liveness: Mutex<Liveness>,
     channels: Mutex<BTreeMap<String, Channel>>,
     reads: ReadBarrier<Result<(), Unconfirmed>>,
@@ -117,6 +122,7 @@ impl Member {
             shared,
             role,
             repair: Notify::new(),
+            takings: Takings::default(),
             liveness: Mutex::default(),
             channels: Mutex::default(),
             reads: ReadBarrier::default(),
@@ -235,7 +241,7 @@ impl Member {
     fn client(&self, address: &str) -> Result<MetadataClient<Channel>, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
-            return Ok(MetadataClient::new(channel.clone()));
+            return Ok(bounded(channel.clone()));
         }
         let new = channel(address).map_err(|e| {
             Status::internal(format!("the leader's address {address} is not usable: {e}"))
@@ -244,7 +250,7 @@ impl Member {
             channels.clear();
         }
         channels.insert(address.to_owned(), new.clone());
-        Ok(MetadataClient::new(new))
+        Ok(bounded(new))
     }
 
     /// Serves a request here if this member leads, else at the leader; waits for elections.
@@ -320,6 +326,11 @@ impl Member {
             let _ = tokio::time::timeout(RETRY_PAUSE, role.changed()).await;
         }
     }
+}
+
+/// A client that reads pages and lists as long as another member may send them.
+fn bounded(channel: Channel) -> MetadataClient<Channel> {
+    MetadataClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX)
 }
 
 /// Whether another member has forwarded a request.

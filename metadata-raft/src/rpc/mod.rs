@@ -8,6 +8,7 @@
 
 mod cluster;
 mod convert;
+mod layers;
 mod liveness;
 mod member;
 mod observe;
@@ -16,6 +17,9 @@ mod read_barrier;
 mod repair_loop;
 mod running;
 mod service;
+mod snapshot_loop;
+mod snapshots;
+mod taking;
 mod volumes;
 mod watch;
 

@@ -31,6 +31,7 @@ struct Counts {
 }
 
 impl Counts {
+    /// Of a deleted volume that is kept for its snapshots only the replicas count.
     fn add(&mut self, volume: &Volume, node_alive: impl Fn(&Volume) -> bool) {
         let (mut all_in_sync, mut waiting) = (true, false);
         for group in &volume.groups {
@@ -45,6 +46,9 @@ impl Counts {
             self.in_sync += in_sync;
             all_in_sync &= in_sync == group.len() as u64;
             waiting |= in_sync < u64::from(volume.min_replicas);
+        }
+        if volume.hidden {
+            return;
         }
         match (waiting, all_in_sync) {
             (true, _) => self.waiting += 1,
@@ -157,6 +161,11 @@ fn collect_cluster(scrape: &Scrape, state: &State, view: &View<'_>) {
     put(&metrics::REPLICAS, "rebuilding", counts.rebuilding);
     put(&metrics::REPLICAS, "stale", counts.stale);
     scrape.set(&metrics::REPLICAS_TO_DROP, &[], state.garbage_count());
+
+    let [pending, ready, deleting] = state.snapshots().counts();
+    scrape.set(&metrics::SNAPSHOTS, &["pending"], pending);
+    scrape.set(&metrics::SNAPSHOTS, &["ready"], ready);
+    scrape.set(&metrics::SNAPSHOTS, &["deleting"], deleting);
 
     let (mut alive, mut silent, mut attach_only) = (0, 0, 0);
     for node in state.nodes() {

@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use super::member::{Member, Role};
+use super::member::{MESSAGE_BYTES_MAX, Member, Role};
 use super::service::Service;
 use crate::model::{Command, Operation, RequestKey};
 use crate::raft::codec::VALUE_BYTES_MAX;
@@ -166,6 +166,7 @@ impl Running {
         let tasks = vec![
             tokio::spawn(follow_role(member.clone(), role.clone(), contact)),
             tokio::spawn(super::repair_loop::run(member.clone())),
+            tokio::spawn(super::snapshot_loop::run(member.clone())),
             tokio::spawn(form_cluster(member.clone(), options, advertise)),
         ];
         tracing::info!(id = member.id, %address, "metadata member started");
@@ -242,7 +243,8 @@ fn serve(listener: TcpListener, member: Arc<Member>, raft: RaftServer) -> JoinHa
     let mut stopping = member.role.clone();
     let (health, health_service) = tonic_health::server::health_reporter();
     let reporting = member.clone().report_health(health);
-    let metadata = MetadataServer::new(Service(member));
+    let metadata =
+        MetadataServer::new(Service(member)).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let raft = RaftService::new(raft)
         .max_decoding_message_size(VALUE_BYTES_MAX)
         .max_encoding_message_size(VALUE_BYTES_MAX);

@@ -15,6 +15,8 @@ use crate::metrics::count_call;
 
 /// A membership change may send a whole snapshot first.
 const MEMBERSHIP_DEADLINE: Duration = Duration::from_secs(60);
+/// Two commands, and the time in which holders report.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(8);
 
 /// See the module.
 pub struct Service(pub Arc<Member>);
@@ -49,6 +51,12 @@ macro_rules! routed {
                 let local = |r| self.0.remove_member(r);
                 let remote = |mut c: MetadataClient<Channel>, r| async move { c.remove_member(r).await };
                 count_call("remove_member", self.0.route_within(MEMBERSHIP_DEADLINE, request, local, remote)).await
+            }
+
+            async fn create_snapshots(&self, request: Request<pb::CreateSnapshotsRequest>) -> Reply<pb::CreateSnapshotsResponse> {
+                let local = |r| self.0.create_snapshots(r);
+                let remote = |mut c: MetadataClient<Channel>, r| async move { c.create_snapshots(r).await };
+                count_call("create_snapshots", self.0.route_within(SNAPSHOT_DEADLINE, request, local, remote)).await
             }
 
             async fn watch_volumes(&self, request: Request<pb::WatchVolumesRequest>) -> Reply<EventStream> {
@@ -89,4 +97,8 @@ routed! {
     set_volume_format: pb::SetVolumeFormatRequest => pb::Volume;
     rebuild_replica: pb::RebuildReplicaRequest => pb::Volume;
     move_replica: pb::MoveReplicaRequest => pb::Volume;
+    get_snapshot: pb::GetSnapshotRequest => pb::Snapshot;
+    list_snapshots: pb::ListSnapshotsRequest => pb::ListSnapshotsResponse;
+    delete_snapshots: pb::DeleteSnapshotsRequest => pb::DeleteSnapshotsResponse;
+    report_held: pb::ReportHeldRequest => pb::ReportHeldResponse;
 }

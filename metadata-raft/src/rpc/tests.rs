@@ -16,6 +16,7 @@ use crate::raft::network::channel;
 
 mod observed;
 mod publications;
+mod snapshots;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

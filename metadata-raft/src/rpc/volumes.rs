@@ -22,12 +22,12 @@ const PAGE_MAX: u32 = 1000;
 
 type Result<T> = std::result::Result<T, Fault>;
 
-fn unexpected(answer: &Answer) -> Fault {
+pub(super) fn unexpected(answer: &Answer) -> Fault {
     tracing::error!(?answer, "unexpected answer of the state machine");
     Status::internal("unexpected answer of the state machine").into()
 }
 
-fn unix_ms() -> u64 {
+pub(super) fn unix_ms() -> u64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -118,7 +118,8 @@ impl Member {
         let volume = if request.volume_id.is_empty() {
             state.volume_by_name(&request.name)
         } else {
-            state.volume(volume_id(&request.volume_id)?)
+            let found = state.volume(volume_id(&request.volume_id)?);
+            found.filter(|v| !v.hidden)
         };
         let volume = volume.ok_or_else(|| {
             let shown: String = request
@@ -349,7 +350,8 @@ impl Member {
     }
 
     fn require(&self, id: VolumeId) -> std::result::Result<Arc<Volume>, Status> {
-        self.shared.state().volume(id).cloned().ok_or_else(|| {
+        let volume = self.shared.state().volume(id).cloned();
+        volume.filter(|v| !v.hidden).ok_or_else(|| {
             Status::not_found(format!(
                 "volume {id} does not exist; see `ashlar volume list`"
             ))

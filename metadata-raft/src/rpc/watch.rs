@@ -160,7 +160,7 @@ impl Watcher {
 
     fn event(&mut self, id: VolumeId) -> Option<pb::VolumeEvent> {
         let state = self.member.shared.state();
-        let Some(volume) = state.volume(id) else {
+        let Some(volume) = state.volume(id).filter(|v| !v.hidden) else {
             let told = self.sent.get(&id).is_some_and(Option::is_none);
             if told || (self.named.is_none() && !self.sent.contains_key(&id)) {
                 return None;

@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 use super::messages::ToWorker;
 use super::metadata::Members;
 use super::worker_handle::WorkerSender;
-use crate::engine::{MetadataRequest, SessionEvent};
+use crate::engine::{HOLD_TIME, MetadataRequest, SessionEvent};
 
 /// Pause before a watch is opened again.
 const WATCH_PAUSE: Duration = Duration::from_millis(100);
@@ -143,7 +143,31 @@ impl Volume {
                     Err(status) => self.refused("CloseVolume", &status).await,
                 }
             }
-            MetadataRequest::ReportHeld { .. } => {}
+            MetadataRequest::ReportHeld { epoch, number } => {
+                let request = pb::ReportHeldRequest {
+                    volume_id: self.id.to_vec(),
+                    client_id: self.client.to_vec(),
+                    epoch: epoch.0,
+                    number: number.0,
+                };
+                // Later it is worth nothing (S3); what became of the number comes with the watch.
+                let report = self.members.ask("ReportHeld", |mut c| {
+                    let request = request.clone();
+                    async move { c.report_held(request).await }
+                });
+                match tokio::time::timeout(HOLD_TIME / 2, report).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(status)) => {
+                        tracing::info!(volume = self.name, %status, "a snapshot is not waited for any more");
+                    }
+                    Err(_) => {
+                        tracing::warn!(
+                            volume = self.name,
+                            "cannot tell metadata in time that writes are held for a snapshot"
+                        );
+                    }
+                }
+            }
             MetadataRequest::Refresh => {
                 if let Some(event) = self.refresh().await {
                     self.tell(event).await;

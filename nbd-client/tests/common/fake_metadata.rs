@@ -181,6 +181,11 @@ unserved! {
     set_volume_format(SetVolumeFormatRequest) -> Volume;
     rebuild_replica(RebuildReplicaRequest) -> Volume;
     move_replica(MoveReplicaRequest) -> Volume;
+    create_snapshots(CreateSnapshotsRequest) -> CreateSnapshotsResponse;
+    get_snapshot(GetSnapshotRequest) -> Snapshot;
+    list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse;
+    delete_snapshots(DeleteSnapshotsRequest) -> DeleteSnapshotsResponse;
+    report_held(ReportHeldRequest) -> ReportHeldResponse;
 }
 
 impl Fake {

@@ -197,6 +197,7 @@ fn disk_status(report: &DiskReport) -> DiskStatus {
             .iter()
             .map(|(volume, _)| volume.to_vec())
             .collect(),
+        layers: Vec::new(),
     }
 }
 

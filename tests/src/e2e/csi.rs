@@ -5,6 +5,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use csi_driver::rpc::controller_client::ControllerClient;
+use csi_driver::rpc::group_controller_client::GroupControllerClient;
 use csi_driver::rpc::node_client::NodeClient;
 use csi_driver::rpc::volume_capability::access_mode::Mode;
 use csi_driver::rpc::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
@@ -92,6 +93,11 @@ impl Driver {
     /// A client of the Controller service.
     pub fn controller(&self) -> ControllerClient<Channel> {
         ControllerClient::new(self.channel())
+    }
+
+    /// A client of the GroupController service.
+    pub fn group_controller(&self) -> GroupControllerClient<Channel> {
+        GroupControllerClient::new(self.channel())
     }
 
     /// A client of the Node service.

@@ -1,5 +1,6 @@
 //! Random commands: every invariant holds after each, and an image is as good as the state.
 
+use ashlar_proto::ids::SnapshotId;
 use proptest::prelude::*;
 
 use super::*;
@@ -18,6 +19,11 @@ enum Step {
     Join(u8, u8),
     Publish(u8, bool),
     Unpublish(u8),
+    Reserve(u8),
+    /// Commit or cancel; as the state says or not.
+    Settle(bool, bool),
+    DropSnapshot(u8),
+    Forget,
     Retry,
 }
 
@@ -35,6 +41,10 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (1..6_u8, 0..4_u8).prop_map(|(c, n)| Step::Join(c, n)),
         1 => (1..4_u8, any::<bool>()).prop_map(|(n, r)| Step::Publish(n, r)),
         1 => (0..4_u8).prop_map(Step::Unpublish),
+        4 => (0..6_u8).prop_map(Step::Reserve),
+        4 => (prop::bool::weighted(0.8), prop::bool::weighted(0.9)).prop_map(|(c, r)| Step::Settle(c, r)),
+        2 => (0..6_u8).prop_map(Step::DropSnapshot),
+        1 => Just(Step::Forget),
         2 => Just(Step::Retry),
     ]
 }
@@ -75,6 +85,31 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
             to: disk_id(*b),
         },
         Step::Delete => Operation::DeleteVolume(VOLUME),
+        Step::Reserve(n) => snapshots::reserve_as(snapshot_id(m.next), &format!("s{n}")),
+        Step::Settle(commits, right) => {
+            let pending = m.state.snapshots().pending().next()?;
+            if *commits {
+                let volume = m.state.volume(VOLUME)?;
+                let holder = volume.holder.as_ref().map(|h| (h.client, volume.epoch));
+                Operation::CommitSnapshots(vec![CommitSnapshot {
+                    snapshot: pending,
+                    holder: holder.filter(|_| *right),
+                }])
+            } else {
+                Operation::CancelSnapshots(vec![pending])
+            }
+        }
+        Step::DropSnapshot(n) => {
+            let named = m.state.snapshots().by_name(&format!("s{n}"))?;
+            Operation::DeleteSnapshots(vec![named.id])
+        }
+        Step::Forget => {
+            Operation::ForgetSnapshots(m.state.snapshots().iter().map(|s| s.id).collect())
+        }
+        // One that was deleted lives on for its snapshots.
+        Step::Create if m.state.volume(VOLUME).is_some_and(|v| v.hidden) => {
+            Operation::DeleteSnapshots(m.state.snapshots().iter().map(|s| s.id).collect())
+        }
         // An identity is not reused while a disk may still hold the former volume.
         Step::Create if m.state.garbage.is_empty() => {
             Operation::CreateVolume(create("one", VOLUME, 3))
@@ -90,6 +125,10 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
         }),
         Step::Retry => return None,
     })
+}
+
+fn snapshot_id(n: u128) -> SnapshotId {
+    SnapshotId(n.to_be_bytes())
 }
 
 /// Two replicas of a group never share a failure domain.
@@ -142,6 +181,7 @@ proptest! {
                 prop_assert!(holder_is_published(after));
                 if let Some(before) = &before {
                     prop_assert!(after.epoch >= before.epoch);
+                    prop_assert!(after.snapshot >= before.snapshot);
                 }
             }
             answered.insert(command.request, (command, response));
@@ -150,5 +190,6 @@ proptest! {
         m.state.write_image(&mut image).unwrap();
         let restored = State::read_image(&mut image.as_slice()).unwrap();
         prop_assert_eq!(restored.disk_use, m.state.disk_use);
+        prop_assert_eq!(restored.snapshots, m.state.snapshots);
     }
 }
