@@ -51,6 +51,27 @@ fn readers_come_and_go_in_three_hundred_clusters() {
 }
 
 #[test]
+fn snapshots_are_taken_in_four_hundred_clusters() {
+    let options = Options {
+        snapshots: true,
+        ..Options::default()
+    };
+    let mut failures = Vec::new();
+    let summary = run::many(0..400, THREADS, &options, |report| {
+        if let Some(failure) = &report.failure {
+            failures.push(format!("seed {}: {failure}", report.seed));
+        }
+        failures.len() < 5
+    });
+    assert!(
+        failures.is_empty(),
+        "{}\nreplay with: ashlar-sim --snapshots --verbose --seed N",
+        failures.join("\n")
+    );
+    assert!(summary.snapshots > 800, "{summary:?}");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_history() {
     for seed in 0..12 {
         let digests: Vec<u64> = (0..2)

@@ -20,6 +20,9 @@ struct Args {
     /// Clients that only read come and go.
     #[arg(long)]
     readers: bool,
+    /// Snapshots are taken, deleted and read back
+    #[arg(long)]
+    snapshots: bool,
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         backend,
         damage: !args.no_damage,
         readers: args.readers,
+        snapshots: args.snapshots,
         #[cfg(feature = "planted-bugs")]
         planted_bug: args.planted.as_deref().map(planted),
         verbose: args.verbose,

@@ -101,6 +101,8 @@ pub(super) enum Timer {
         client: u32,
     },
     Heartbeat,
+    Snapshot,
+    SnapshotOver,
     Submit {
         client: u32,
     },
@@ -371,6 +373,8 @@ impl Cluster {
             Timer::ConnectTimeout { client, net } => self.connect_timeout(client, net),
             Timer::Watch { client } => self.watch(client),
             Timer::Heartbeat => self.heartbeats(),
+            Timer::Snapshot => self.snapshot_due(),
+            Timer::SnapshotOver => self.snapshot_over(),
             Timer::Submit { client } => self.submit_due(client),
         }
     }

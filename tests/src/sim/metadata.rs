@@ -15,6 +15,8 @@ use metadata_raft::model::{
 };
 use nbd_client::engine::{MetadataRequest, SessionEvent};
 
+use super::snapshots::Snapshots;
+
 /// A node is dead after this long without heartbeat.
 const DEAD_AFTER_NS: u64 = 1_500_000_000;
 
@@ -52,6 +54,8 @@ pub struct Metadata {
     volume: VolumeId,
     last_seen: BTreeMap<NodeId, Time>,
     requests: u64,
+    /// Those of the volume.
+    pub(super) snapshots: Snapshots,
 }
 
 /// The cluster's identity in simulations.
@@ -100,6 +104,7 @@ impl Metadata {
             volume: VOLUME,
             last_seen: BTreeMap::new(),
             requests: 0,
+            snapshots: Snapshots::default(),
         };
         this.must(Operation::InitializeCluster(CLUSTER));
         for number in 1..=shape.nodes {
@@ -139,13 +144,13 @@ impl Metadata {
         this
     }
 
-    fn must(&mut self, operation: Operation) {
+    pub(super) fn must(&mut self, operation: Operation) {
         if let Err(refusal) = self.apply(operation) {
             panic!("the simulated cluster cannot be set up: {refusal}");
         }
     }
 
-    fn apply(&mut self, operation: Operation) -> Response {
+    pub(super) fn apply(&mut self, operation: Operation) -> Response {
         self.requests += 1;
         let mut key = [0xee; 16];
         key[8..].copy_from_slice(&self.requests.to_be_bytes());
@@ -227,7 +232,7 @@ impl Metadata {
         true
     }
 
-    /// Carries out what a client asks; the event to answer it with.
+    /// Carries out what a client asks; the event to answer it with. (*Held* has no answer: see `held`.)
     pub fn answer(&mut self, now: Time, ask: &Ask, opened_once_before: bool) -> SessionEvent {
         let operation = match &ask.request {
             MetadataRequest::Refresh => {

@@ -15,4 +15,5 @@ pub mod node;
 pub mod oracle;
 pub mod run;
 pub mod schedule;
+mod snapshots;
 pub mod workload;

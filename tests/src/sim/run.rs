@@ -11,12 +11,13 @@ use ashlar_proto::wire::{
 };
 use storage_daemon::engine::{ConnectionId, EngineEvent};
 
-use super::cluster::{AUDIT, Cluster, Setup, disk_of, hello};
+use super::cluster::{AUDIT, Cluster, Setup, Timer, disk_of, hello};
 use super::history::Kind;
 use super::metadata::{Shape, VOLUME, node_of};
 use super::node::Backend;
 use super::oracle;
-use super::schedule::{self, Schedule};
+use super::schedule::{self, MS, Schedule};
+use super::snapshots;
 use super::workload::{Request as UserRequest, Workload};
 
 /// Once faults stop, everything must be well within this time. The longest chain is: a lease of 2 s, an
@@ -36,6 +37,8 @@ pub struct Options {
     pub damage: bool,
     /// Clients that only read come and go.
     pub readers: bool,
+    /// Snapshots are taken and deleted.
+    pub snapshots: bool,
     /// A mistake for sessions to make.
     #[cfg(feature = "planted-bugs")]
     pub planted_bug: Option<nbd_client::engine::PlantedBug>,
@@ -49,6 +52,7 @@ impl Default for Options {
             backend: None,
             damage: true,
             readers: false,
+            snapshots: false,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
             verbose: false,
@@ -67,6 +71,8 @@ pub struct Report {
     pub digest: u64,
     /// Client requests made, and those answered.
     pub requests: (usize, usize),
+    /// Snapshots committed.
+    pub snapshots: u64,
     /// The faults.
     pub schedule: Schedule,
     /// Every event, if asked for.
@@ -111,6 +117,11 @@ pub fn run(seed: u64, options: &Options) -> Report {
         verbose: options.verbose,
     };
     let mut cluster = Cluster::new(setup, workload, REQUESTS, rng.fork(3));
+    if options.snapshots {
+        for _ in 0..rng.between(2, 12) {
+            cluster.timer(rng.between(50 * MS, schedule.duration), Timer::Snapshot);
+        }
+    }
     let failure = execute(&mut cluster, &schedule).err();
     let operations = &cluster.history.operations;
     Report {
@@ -121,6 +132,7 @@ pub fn run(seed: u64, options: &Options) -> Report {
             operations.len(),
             operations.iter().filter(|op| op.done().is_some()).count(),
         ),
+        snapshots: cluster.metadata.snapshots.taken,
         schedule,
         trace: std::mem::take(&mut cluster.trace),
     }
@@ -224,7 +236,8 @@ fn finish(cluster: &mut Cluster) -> Result<(), String> {
         );
     }
     settle(cluster)?;
-    audit(cluster)
+    audit(cluster)?;
+    snapshots::read_back(cluster)
 }
 
 type Contents = BTreeMap<(u32, u32, u16), (BlockState, Version, u32)>;
@@ -325,7 +338,11 @@ fn contents(
 }
 
 /// Asks an engine directly; without a body: says Hello.
-fn ask(cluster: &mut Cluster, node: u32, body: Option<RequestBody>) -> Result<ReplyBody, String> {
+pub(super) fn ask(
+    cluster: &mut Cluster,
+    node: u32,
+    body: Option<RequestBody>,
+) -> Result<ReplyBody, String> {
     let request = match body {
         None => hello(ClientId([0xad; 16]), disk_of(node)),
         Some(body) => Request {
@@ -386,6 +403,8 @@ pub struct Summary {
     pub requests: usize,
     /// Client requests answered.
     pub answered: usize,
+    /// Snapshots committed.
+    pub snapshots: u64,
 }
 
 /// Runs seeds on several threads. `each` gets every report, in no particular order, and says whether to
@@ -418,6 +437,7 @@ pub fn many(
             summary.seeds += 1;
             summary.requests += report.requests.0;
             summary.answered += report.requests.1;
+            summary.snapshots += report.snapshots;
             if !stop.load(Relaxed) && !each(&report) {
                 stop.store(true, Relaxed);
             }
@@ -438,6 +458,7 @@ fn run_caught(seed: u64, options: &Options) -> Report {
             failure: Some(format!("panic: {}", text.unwrap_or_default())),
             digest: 0,
             requests: (0, 0),
+            snapshots: 0,
             schedule: Schedule {
                 duration: 0,
                 faults: Vec::new(),

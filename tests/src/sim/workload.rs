@@ -135,6 +135,12 @@ impl Workload {
         (start + first * SECTORS_PER_BLOCK, count * SECTORS_PER_BLOCK)
     }
 
+    /// Whether requests may touch any of these sectors.
+    pub fn touches(&self, first: u64, count: u64) -> bool {
+        let mut extents = self.everything().into_iter();
+        extents.any(|(start, length)| first < start + length && start < first + count)
+    }
+
     /// Runs of sectors that together cover everything the workload may touch, for the final reads.
     pub fn everything(&self) -> Vec<(u64, u64)> {
         let mut extents = Vec::new();

@@ -15,7 +15,7 @@ use super::{ASK_RETRY_NS, Cluster, Timer};
 impl Cluster {
     /// The volume changed: watchers hear of it, and lossy replicas that are not in sync any more do not
     /// count.
-    pub(super) fn metadata_changed(&mut self) {
+    pub(in crate::sim) fn metadata_changed(&mut self) {
         let volume = self.metadata.volume();
         let summary: Vec<Vec<(u8, ReplicaState)>> = volume
             .groups
@@ -151,6 +151,13 @@ impl Cluster {
             return;
         };
         let pending = pending.clone();
+        if let MetadataRequest::ReportHeld { epoch, number } = pending.ask.request {
+            self.snapshot_held(pending.ask.client, epoch, number);
+            if let Some(client) = self.clients.get_mut(&client) {
+                client.pending.remove(&pending.ask.number);
+            }
+            return;
+        }
         let opening = pending.ask.request == MetadataRequest::Open;
         let delay = self.rng.between(MS / 5, 8 * MS);
         if let (true, None) = (opening, pending.opened_once) {
