@@ -528,7 +528,7 @@ async fn delete(name: &str, yes: bool, context: &mut Context) -> Result<()> {
     let mut sentence = format!("volume {} is deleted", view.name);
     if view.snapshots > 0 {
         sentence.push_str(&format!(
-            "; its {} snapshots are there until they are deleted (`ashlar snapshot list {}`)",
+            "; its snapshots ({}) are there until they are deleted (`ashlar snapshot list {}`)",
             view.snapshots, view.id
         ));
     }

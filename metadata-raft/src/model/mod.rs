@@ -303,7 +303,14 @@ impl State {
     }
 
     fn put(&mut self, next: Volume) -> Arc<Volume> {
-        if let Some(before) = self.volumes.get(&next.id).cloned() {
+        let before = self.volumes.get(&next.id).cloned();
+        let same_layers = before
+            .as_ref()
+            .is_some_and(|b| b.layers == next.layers && b.disks() == next.disks());
+        if next.layers.revision > 0 && !same_layers {
+            self.layers_generation += 1;
+        }
+        if let Some(before) = before {
             self.index(&before, false);
         }
         let next = Arc::new(next);
@@ -318,6 +325,7 @@ impl State {
         self.index(volume, false);
         self.volumes.remove(&volume.id);
         self.snapshots.remove_volume(volume.id);
+        self.layers_generation += u64::from(volume.layers.revision > 0);
         for disk in volume.disks() {
             self.garbage.insert((disk, volume.id), volume.epoch);
         }
@@ -349,7 +357,6 @@ impl State {
             }
             if volume.layers.revision > 0 {
                 set(&mut self.layered, key, add);
-                self.layers_generation += 1;
             }
         }
         let pool_use = self.pool_use.entry(volume.pool).or_default();

@@ -386,3 +386,29 @@ fn an_image_of_the_version_before_is_read() {
     apply(&mut state, &command).unwrap();
     assert!(state.volume(VOLUME).unwrap().is_snapshot_pending());
 }
+
+#[test]
+fn only_what_concerns_lists_changes_their_generation() {
+    let mut m = Machine::with_volume(4, 3);
+    m.open(1, false).unwrap();
+    let none = m.state.layers_generation();
+    assert_eq!(m.state.layered_on(disk_id(1)).count(), 0);
+    m.ok(reserve(1, "s"));
+    m.ok(commit(&[(1, Some((1, 1)))]));
+    let listed = m.state.layers_generation();
+    assert_ne!(listed, none);
+    assert_eq!(m.state.layered_on(disk_id(1)).collect::<Vec<_>>(), [VOLUME]);
+    m.ok(close(1, 1, true));
+    m.open(1, false).unwrap();
+    assert_eq!(m.state.layers_generation(), listed);
+    m.ok(Operation::MoveReplica {
+        volume: VOLUME,
+        from: disk_id(1),
+        to: disk_id(4),
+    });
+    let moved = m.state.layers_generation();
+    assert_ne!(moved, listed);
+    assert_eq!(m.state.layered_on(disk_id(4)).count(), 1);
+    m.ok(delete(&[1]));
+    assert_ne!(m.state.layers_generation(), moved);
+}

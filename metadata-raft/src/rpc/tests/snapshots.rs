@@ -404,3 +404,31 @@ async fn a_deleted_volume_lasts_as_long_as_its_snapshots() {
     assert_eq!(answer.drop.len(), 1);
     assert!(answer.set_layers.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_that_goes_away_leaves_nothing_pending() {
+    let cluster = Cluster::start(1).await;
+    cluster.populate().await;
+    let mut client = cluster.client(1);
+    let volume = opened(&mut client, "v", 1).await;
+    let mut caller = cluster.client(1);
+    let ask = take(vec![item(&volume, "s")], "");
+    let call = tokio::spawn(async move { caller.create_snapshots(ask).await });
+    eventually("pending", || async {
+        let volume = get(&mut cluster.client(1), "v").await.unwrap();
+        volume.snapshot_pending.then_some(())
+    })
+    .await;
+    // A second one at the same time is told so.
+    let same = take(vec![item(&volume, "s")], "");
+    let refused = create_snapshots(&mut client, same).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Aborted);
+    assert!(refused.message().contains("being taken"), "{refused}");
+    call.abort();
+    eventually("cancelled", || async {
+        let volume = get(&mut cluster.client(1), "v").await.unwrap();
+        (!volume.snapshot_pending).then_some(())
+    })
+    .await;
+    assert!(snapshots(&mut client).await.is_empty());
+}
