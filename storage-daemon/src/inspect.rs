@@ -370,6 +370,7 @@ fn count_batch(
             RecordKind::Trim => "trim",
             RecordKind::Erase => "erase",
             RecordKind::Bad => "bad",
+            RecordKind::BadUnversioned => "bad-unversioned",
             RecordKind::Watermark { .. } => "watermark",
         };
         *report.records.entry(kind).or_default() += 1;
