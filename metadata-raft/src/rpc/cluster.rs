@@ -283,6 +283,7 @@ impl Member {
             known: true,
             drop: Vec::new(),
             interval_ms: HEARTBEAT_MS,
+            set_layers: Vec::new(),
         };
         let mut gone = Vec::new();
         let mut reports = Vec::new();

@@ -275,6 +275,8 @@ pub enum StoreRequest {
     },
     /// All replicas.
     ListReplicas,
+    /// The layer lists of all replicas that ever got one, and what is left to be merged under them (S8).
+    LayerProgress,
     /// Counters.
     Stats,
     /// Finish what was admitted, make it durable, write the clean mark.
@@ -327,8 +329,21 @@ pub enum StoreReply {
     Replica(Box<ReplicaInfo>),
     /// To ListReplicas, ordered by volume.
     Replicas(Vec<ReplicaInfo>),
+    /// To LayerProgress, ordered by volume.
+    LayerProgress(Vec<LayerProgress>),
     /// To Stats.
     Stats(StoreStats),
+}
+
+/// How far a replica is with its layer list.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LayerProgress {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The list's revision.
+    pub revision: u64,
+    /// Chunks that are still to be merged.
+    pub chunks_left: u64,
 }
 
 /// What a store knows of a replica.

@@ -11,7 +11,7 @@ use ashlar_proto::layers::LayerList;
 use smallvec::SmallVec;
 
 use super::Store;
-use super::api::{PullBlock, StoreRequest};
+use super::api::{LayerProgress, PullBlock, StoreRequest};
 use super::index::{BlockKey, Index};
 use super::replica::Layer;
 use crate::format::{Record, RecordKind};
@@ -132,6 +132,20 @@ impl Store {
             }
             at = end + 1;
         }
+    }
+
+    /// The replicas with a list, or with something left to be merged.
+    pub(super) fn layer_progress(&self) -> Vec<LayerProgress> {
+        let replicas = self.index.replicas.iter().flatten().map(|r| LayerProgress {
+            volume: r.header.volume,
+            revision: r.layers.revision,
+            chunks_left: r.garbage.len() as u64,
+        });
+        let mut all: Vec<_> = replicas
+            .filter(|p| p.revision > 0 || p.chunks_left > 0)
+            .collect();
+        all.sort_by_key(|p| p.volume);
+        all
     }
 
     /// A newer layer list is durable.

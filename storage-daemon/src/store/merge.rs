@@ -19,6 +19,7 @@
 //!   while there are requests, a pause lies between steps.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{BLOCKS_PER_PAGE, PAGE_SIZE};
@@ -137,7 +138,7 @@ impl Store {
         }
         // More chunks are to be looked at: at the next event, which is asked for.
         if self.may_merge() {
-            self.merge.rest_until = Some(self.now.after(self.config.merge_pause));
+            self.merge.rest_until = Some(self.now.after(self.pause()));
         }
     }
 
@@ -368,16 +369,18 @@ impl Store {
         }
     }
 
+    fn pause(&self) -> Duration {
+        // Not 0: the deadline has to lie ahead.
+        self.config.merge_pause.max(Duration::from_micros(1))
+    }
+
     /// A step is done: there may be more to do in its chunk.
     pub(super) fn end_step(&mut self, slot: u32, chunk: u32, progress: bool) {
         self.merge.progress |= progress;
         self.stay(slot, chunk);
         let busy = !self.reads.is_empty()
-            || self.now
-                < self
-                    .last_write
-                    .after(self.config.merge_pause.saturating_mul(4));
-        self.merge.rest_until = busy.then(|| self.now.after(self.config.merge_pause));
+            || self.now < self.last_write.after(self.pause().saturating_mul(4));
+        self.merge.rest_until = busy.then(|| self.now.after(self.pause()));
     }
 }
 

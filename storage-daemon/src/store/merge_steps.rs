@@ -23,6 +23,16 @@ use super::sync::SyncAction;
 use super::{Store, Target};
 use crate::format::{ENTRY_BYTES, PageSector, PageState, Record, RecordKind};
 
+/// What became of a page whose blocks were to move.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moved {
+    Done,
+    /// It is not as it was planned.
+    Changed,
+    /// The log takes no more of it now.
+    NoRoom,
+}
+
 impl Store {
     pub(super) fn begin_relabel(
         &mut self,
@@ -237,7 +247,7 @@ impl Store {
         let Some(to) = to.filter(|to| *to != from) else {
             return;
         };
-        let (mut done, mut all) = (0, true);
+        let (mut done, mut moved) = (0, Moved::Done);
         // Ranges of one version become one range again.
         let mut trims: Vec<(BlockRange, Version)> = Vec::new();
         for page in (0..64u8).filter(|page| pages & (1 << page) != 0) {
@@ -247,8 +257,8 @@ impl Store {
                 layer: from,
                 page,
             };
-            if !self.move_page(key, to, &pieces, &mut trims) {
-                all = false;
+            moved = self.move_page(key, to, &pieces, &mut trims);
+            if moved != Moved::Done {
                 break;
             }
             done += 1;
@@ -256,26 +266,26 @@ impl Store {
         for (range, version) in trims {
             self.append_moved_trim(slot, range, to, version);
         }
-        self.end_step(slot, chunk, done > 0);
-        if !all {
-            // Something changed meanwhile, or there is no room: others first.
+        // What changed meanwhile is planned anew; where there is no room, others are first.
+        self.end_step(slot, chunk, done > 0 || moved == Moved::Changed);
+        if moved == Moved::NoRoom {
             self.merge.at = (slot, chunk.saturating_add(1));
         }
     }
 
-    /// Logs one page's blocks under their new name, and collects its tombstones; false if that is not possible now.
+    /// Logs one page's blocks under their new name, and collects its tombstones.
     fn move_page(
         &mut self,
         from: PageKey,
         to: u32,
         pieces: &[Piece],
         trims: &mut Vec<(BlockRange, Version)>,
-    ) -> bool {
+    ) -> Moved {
         let Ok(states) = self.page_states(from, to) else {
-            return false;
+            return Moved::Changed;
         };
         let Some(number) = self.index.by_slot(from.slot).map(|r| r.header.replica) else {
-            return false;
+            return Moved::Changed;
         };
         let wins = states.iter().filter(|(_, here, there)| here.beats(there));
         let (tombstones, blocks): (Vec<_>, Vec<_>) = wins
@@ -314,8 +324,11 @@ impl Store {
             .admit_log(records * (ENTRY_BYTES + 4), data as u32)
             .is_ok()
             && (ranges.is_empty() || self.admit_tombstone(ranges.len() as u64).is_ok());
-        if !(blocks.iter().all(|(_, r)| read(r)) && homed && room) {
-            return false;
+        if !(blocks.iter().all(|(_, r)| read(r)) && homed) {
+            return Moved::Changed;
+        }
+        if !room {
+            return Moved::NoRoom;
         }
         *trims = ranges;
         self.log.open.fresh = true;
@@ -337,7 +350,7 @@ impl Store {
             self.append_moved(key, number, &r, bytes);
         }
         self.stats.merged_pages += 1;
-        true
+        Moved::Done
     }
 
     fn append_moved_trim(&mut self, slot: u32, range: BlockRange, to: u32, version: Version) {

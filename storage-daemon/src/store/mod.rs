@@ -334,6 +334,10 @@ impl Store {
                 all.sort_by_key(|r| r.volume);
                 Self::reply(out, p.tag, Ok(StoreReply::Replicas(all)));
             }
+            StoreRequest::LayerProgress => {
+                let progress = self.layer_progress();
+                Self::reply(out, p.tag, Ok(StoreReply::LayerProgress(progress)));
+            }
             StoreRequest::Stats => {
                 Self::reply(out, p.tag, Ok(StoreReply::Stats(self.stats())));
             }

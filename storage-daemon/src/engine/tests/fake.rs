@@ -171,7 +171,7 @@ impl FakeStore {
         for block in read.range.blocks() {
             let at = Cursor {
                 chunk: read.range.chunk,
-                snapshot: read.snapshot,
+                snapshot: self.name(volume, read.snapshot),
                 block,
             };
             let stored = self.blocks.get(&(volume, at));
@@ -202,6 +202,7 @@ impl FakeStore {
         snapshot: SnapshotNumber,
         new: &Stored,
     ) -> WriteOutcome {
+        let snapshot = self.name(volume, snapshot);
         self.applied.push(new.version);
         let mut outcome = WriteOutcome::Applied;
         for (index, block) in range.blocks().enumerate() {
@@ -243,7 +244,7 @@ impl FakeStore {
                 volume,
                 Cursor {
                     chunk,
-                    snapshot: block.snapshot,
+                    snapshot: self.name(volume, block.snapshot),
                     block: block.block,
                 },
             );
@@ -267,7 +268,7 @@ impl FakeStore {
     }
 
     /// Like a store that has merged everything the moment it gets a list.
-    fn put_layers(&mut self, volume: VolumeId, layers: LayerList) -> Result<(), StoreError> {
+    pub fn put_layers(&mut self, volume: VolumeId, layers: LayerList) -> Result<(), StoreError> {
         let replica = self.replicas.get_mut(&volume);
         let replica = replica.ok_or(StoreError::UnknownVolume)?;
         layers.check().map_err(|e| StoreError::Invalid(e.0))?;
@@ -292,6 +293,11 @@ impl FakeStore {
             }
         }
         Ok(())
+    }
+
+    fn name(&self, volume: VolumeId, layer: SnapshotNumber) -> SnapshotNumber {
+        let replica = self.replicas.get(&volume);
+        replica.map_or(layer, |r| r.layers.canonical(layer))
     }
 
     fn carry_out(&mut self, request: StoreRequest) -> Result<StoreReply, StoreError> {
@@ -412,6 +418,17 @@ impl FakeStore {
             StoreRequest::ListReplicas => Ok(StoreReply::Replicas(
                 self.replicas.values().cloned().collect(),
             )),
+            StoreRequest::LayerProgress => Ok(StoreReply::LayerProgress(
+                self.replicas
+                    .values()
+                    .filter(|r| r.layers.revision > 0)
+                    .map(|r| LayerProgress {
+                        volume: r.volume,
+                        revision: r.layers.revision,
+                        chunks_left: r.garbage_left,
+                    })
+                    .collect(),
+            )),
             StoreRequest::Stats => Ok(StoreReply::Stats(StoreStats::default())),
         }
     }
@@ -435,6 +452,7 @@ fn kind(request: &StoreRequest) -> &'static str {
         StoreRequest::ClearSuspect { .. } => "clear suspect",
         StoreRequest::DropReplica { .. } => "drop",
         StoreRequest::ListReplicas => "list",
+        StoreRequest::LayerProgress => "layer progress",
         StoreRequest::Stats => "stats",
         StoreRequest::Shutdown => "shutdown",
     }

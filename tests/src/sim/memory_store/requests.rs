@@ -14,7 +14,7 @@ use ashlar_proto::wire::{
 use bytes::Bytes;
 use smallvec::smallvec;
 use storage_daemon::store::{
-    PullBlock, ReplicaInfo, StoreError, StoreReply, StoreRequest, StoreStats,
+    LayerProgress, PullBlock, ReplicaInfo, StoreError, StoreReply, StoreRequest, StoreStats,
 };
 
 use super::{BLOCK, Block, Media, PAGE_ENTRIES, Replica, at, chunk_range};
@@ -55,6 +55,15 @@ impl Media {
             StoreRequest::ListReplicas => {
                 let infos = self.current.values().map(|r| r.info.clone()).collect();
                 Ok(StoreReply::Replicas(infos))
+            }
+            StoreRequest::LayerProgress => {
+                let with_list = self.current.values().filter(|r| r.info.layers.revision > 0);
+                let progress = with_list.map(|r| LayerProgress {
+                    volume: r.info.volume,
+                    revision: r.info.layers.revision,
+                    chunks_left: 0,
+                });
+                Ok(StoreReply::LayerProgress(progress.collect()))
             }
             StoreRequest::Stats => Ok(StoreReply::Stats(StoreStats::default())),
             StoreRequest::Shutdown => Ok(StoreReply::Done),
