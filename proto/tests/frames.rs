@@ -149,6 +149,7 @@ fn every_request() -> Vec<RequestBody> {
         },
         RequestBody::Repair(write(1)),
         RequestBody::Ping,
+        RequestBody::Layers(descriptor().layers),
     ]
 }
 
@@ -215,6 +216,7 @@ fn every_reply() -> Vec<ReplyBody> {
             blocks_moved: 4,
         }),
         ReplyBody::Ping,
+        ReplyBody::Layers(LayerList::default()),
     ]
 }
 
@@ -321,6 +323,47 @@ fn error_reply_has_its_golden_bytes() {
             "5bcfb49d"
         )
     );
+}
+
+#[test]
+fn layers_have_their_golden_bytes() {
+    let fields = concat!(
+        "0600000000000000", // revision
+        "03000000",         // settled number
+        "0200",             // live snapshots
+        "0100000003000000",
+    );
+    let mut parts = Vec::new();
+    encode_request(
+        &request(RequestBody::Layers(descriptor().layers)),
+        &mut parts,
+    );
+    assert_eq!(parts[0][5], 15);
+    assert_eq!(hex(&parts[0][64..]), fields);
+    let mut parts = Vec::new();
+    encode_reply(&reply(ReplyBody::Layers(descriptor().layers)), &mut parts);
+    assert_eq!(parts[0][5], 0x80 | 15);
+    assert_eq!(hex(&parts[0][64..]), fields);
+}
+
+#[test]
+fn malformed_layer_lists_are_refused() {
+    let live = |live: &[u32]| live.iter().copied().map(SnapshotNumber).collect();
+    for (settled, live) in [
+        (2, live(&[1, 3])),
+        (3, live(&[3, 1])),
+        (3, live(&[1, 1])),
+        (3, live(&[0])),
+    ] {
+        let layers = LayerList {
+            revision: 1,
+            settled: SnapshotNumber(settled),
+            live,
+        };
+        let mut parts = Vec::new();
+        encode_request(&request(RequestBody::Layers(layers)), &mut parts);
+        assert!(decode(&mut join(&parts), Direction::Requests).is_err());
+    }
 }
 
 #[test]

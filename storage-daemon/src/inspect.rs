@@ -8,14 +8,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use ashlar_platform::disk::{DiskFile, OpenOptions};
-use ashlar_proto::ids::{PAGE_SIZE, ReplicaState};
+use ashlar_proto::ids::{PAGE_SIZE, ReplicaState, SnapshotNumber};
+use ashlar_proto::layers::LayerList;
 use serde::Serialize;
 
 use crate::error::DiskError;
 use crate::format::{
     BODY_BYTES_MAX, BatchHeader, IO_BLOCK, PAGE_SECTOR_BYTES, PageSector, PageState, Record,
     RecordKind, ReplicaHeader, SLOT_BYTES, SUPERBLOCK_OFFSETS, StoredState, Superblock,
-    decode_batch, decode_descriptor, peek_header_blocks, salt_of,
+    decode_batch, decode_body, peek_header_blocks, salt_of,
 };
 
 /// Bytes of page sectors read at a time.
@@ -90,8 +91,25 @@ pub struct ReplicaReport {
     pub suspect: bool,
     /// Epoch, size and groups of the stored configuration.
     pub configuration: Option<ConfigurationReport>,
+    /// The layer list.
+    pub layers: LayersReport,
+    /// Bytes of the pages of each canonical layer: a snapshot's own, above the last live one the head's.
+    pub layer_bytes: BTreeMap<u32, u64>,
     /// What is wrong with the stored configuration.
     pub error: Option<String>,
+}
+
+/// A layer list (docs/snapshots.md, S6).
+#[derive(Debug, Default, Serialize)]
+pub struct LayersReport {
+    /// 0: the replica never got one.
+    pub revision: u64,
+    /// The highest number that was committed or cancelled.
+    pub settled: u32,
+    /// Snapshots that are not deleted.
+    pub live: Vec<u32>,
+    #[serde(skip)]
+    list: LayerList,
 }
 
 /// A stored configuration.
@@ -147,6 +165,9 @@ pub struct PagesReport {
     pub bad_blocks: u64,
     /// Pages by volume.
     pub by_volume: BTreeMap<String, u64>,
+    /// Pages by replica number and layer.
+    #[serde(skip)]
+    by_layer: BTreeMap<(u64, SnapshotNumber), u64>,
 }
 
 /// Looks into a disk.
@@ -184,7 +205,15 @@ pub fn inspect(path: &Path) -> Result<Report, DiskError> {
         report.superblock = Some(describe(&superblock));
         slots(&disk, &superblock, &mut report)?;
         report.log = Some(log(&disk, &superblock)?);
-        report.pages = Some(pages(&disk, &superblock)?);
+        let pages = pages(&disk, &superblock)?;
+        for r in &mut report.replicas {
+            let layers = (r.replica, SnapshotNumber(0))..=(r.replica, SnapshotNumber(u32::MAX));
+            for ((_, layer), count) in pages.by_layer.range(layers) {
+                let layer = r.layers.list.canonical(*layer);
+                *r.layer_bytes.entry(layer.0).or_default() += count * PAGE_SIZE as u64;
+            }
+        }
+        report.pages = Some(pages);
     }
     Ok(report)
 }
@@ -250,6 +279,8 @@ fn replica(s: &Superblock, slot: u32, header: &ReplicaHeader, bytes: &[u8]) -> R
         rebuild_epoch: header.rebuild_epoch.0,
         suspect: header.trusted != s.incarnation,
         configuration: None,
+        layers: LayersReport::default(),
+        layer_bytes: BTreeMap::new(),
         error: None,
     };
     let length = (header.body_bytes as usize).min(BODY_BYTES_MAX);
@@ -265,30 +296,40 @@ fn replica(s: &Superblock, slot: u32, header: &ReplicaHeader, bytes: &[u8]) -> R
         report.error = Some("the configuration does not match its checksum".to_owned());
         return report;
     }
-    match decode_descriptor(body) {
-        Err(error) => report.error = Some(error.to_string()),
-        Ok(descriptor) => {
-            let state = |state| match state {
-                ReplicaState::Stale => "stale",
-                ReplicaState::Rebuilding => "rebuilding",
-                ReplicaState::InSync => "in-sync",
-            };
-            let groups = descriptor.groups.iter();
-            report.configuration = Some(ConfigurationReport {
-                epoch: descriptor.epoch.0,
-                size_bytes: descriptor.size_bytes,
-                min_replicas: descriptor.min_replicas,
-                snapshot: descriptor.snapshot.0,
-                groups: groups
-                    .map(|g| {
-                        g.iter()
-                            .map(|r| (r.disk.to_string(), state(r.state)))
-                            .collect()
-                    })
-                    .collect(),
-            });
-            report.name = Some(descriptor.name);
+    let body = match decode_body(body) {
+        Err(error) => {
+            report.error = Some(error.to_string());
+            return report;
         }
+        Ok(body) => body,
+    };
+    report.layers = LayersReport {
+        revision: body.layers.revision,
+        settled: body.layers.settled.0,
+        live: body.layers.live.iter().map(|n| n.0).collect(),
+        list: body.layers,
+    };
+    if let Some(descriptor) = body.descriptor {
+        let state = |state| match state {
+            ReplicaState::Stale => "stale",
+            ReplicaState::Rebuilding => "rebuilding",
+            ReplicaState::InSync => "in-sync",
+        };
+        let groups = descriptor.groups.iter();
+        report.configuration = Some(ConfigurationReport {
+            epoch: descriptor.epoch.0,
+            size_bytes: descriptor.size_bytes,
+            min_replicas: descriptor.min_replicas,
+            snapshot: descriptor.snapshot.0,
+            groups: groups
+                .map(|g| {
+                    g.iter()
+                        .map(|r| (r.disk.to_string(), state(r.state)))
+                        .collect()
+                })
+                .collect(),
+        });
+        report.name = Some(descriptor.name);
     }
     report
 }
@@ -370,6 +411,7 @@ fn count_batch(
             RecordKind::Trim => "trim",
             RecordKind::Erase => "erase",
             RecordKind::Bad => "bad",
+            RecordKind::BadUnversioned => "bad-unversioned",
             RecordKind::Watermark { .. } => "watermark",
         };
         *report.records.entry(kind).or_default() += 1;
@@ -411,6 +453,10 @@ fn count_sector(sector: Option<PageSector>, report: &mut PagesReport) {
         Some(sector) if sector.state == PageState::Free => report.free += 1,
         Some(sector) => {
             report.owned += 1;
+            *report
+                .by_layer
+                .entry((sector.replica, sector.layer))
+                .or_default() += 1;
             *report
                 .by_volume
                 .entry(sector.volume.to_string())
@@ -524,6 +570,16 @@ impl fmt::Display for Report {
                         group.iter().map(|(d, s)| format!("{d} {s}")).collect();
                     writeln!(f, "      group {index}: {}", members.join(", "))?;
                 }
+            }
+            if r.layers.revision > 0 {
+                writeln!(
+                    f,
+                    "      layer list {}, settled {}, live snapshots {:?}",
+                    r.layers.revision, r.layers.settled, r.layers.live
+                )?;
+            }
+            for (layer, bytes) in &r.layer_bytes {
+                writeln!(f, "      layer {layer}: {bytes} bytes")?;
             }
             if let Some(error) = &r.error {
                 writeln!(f, "      {error}")?;

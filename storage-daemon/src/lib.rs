@@ -3,6 +3,7 @@
 //! Layers, each knowing only those before it: `format` (bytes), `store` (one disk), `engine`
 //! (replicas: fencing, admission, rebuild), then the threads and services around them.
 
+pub mod check;
 pub mod config;
 pub mod daemon;
 pub mod disk_handle;

@@ -10,11 +10,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use ashlar_platform::observe::Observer;
 use ashlar_proto::rpc::daemon::storage_daemon_server::StorageDaemonServer;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use storage_daemon::config::{DataListen, DiscardPolicy, NodeFile, ServeConfig, parse_label};
 use storage_daemon::daemon::Daemon;
 use storage_daemon::rpc::{AdminService, MetadataAccess, observe, register_and_report};
-use storage_daemon::{inspect, metrics, offline};
+use storage_daemon::{check, inspect, metrics, offline};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -46,6 +46,8 @@ enum Command {
     Format(Format),
     /// Show what is on a disk, offline.
     Inspect(Inspect),
+    /// Prove, offline, that what is on a disk agrees with itself. Ends with 1 if it does not.
+    Check(Check),
 }
 
 #[derive(Args)]
@@ -116,6 +118,24 @@ struct Inspect {
     json: bool,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Args)]
+struct Check {
+    /// The file or block device.
+    disk: PathBuf,
+    /// Verify all data at home, too, which takes as long as reading it.
+    #[arg(long)]
+    data: bool,
+    /// How to say it.
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+}
+
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -143,6 +163,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve(arguments),
         Command::Format(arguments) => format(&arguments),
         Command::Inspect(arguments) => show(&arguments),
+        Command::Check(arguments) => check_disk(&arguments),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -192,6 +213,25 @@ fn show(arguments: &Inspect) -> anyhow::Result<()> {
     } else {
         write!(out, "{report}")?;
     }
+    Ok(())
+}
+
+fn check_disk(arguments: &Check) -> anyhow::Result<()> {
+    let report = check::check(&arguments.disk, arguments.data)?;
+    let mut out = std::io::stdout().lock();
+    match arguments.output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &report)?;
+            writeln!(out)?;
+        }
+        Output::Text => write!(out, "{report}")?,
+    }
+    anyhow::ensure!(
+        report.sound(),
+        "{}: {} problems",
+        arguments.disk.display(),
+        report.problem_count
+    );
     Ok(())
 }
 

@@ -72,7 +72,10 @@ impl EngineCounters {
             RequestBody::Collect(_) | RequestBody::Digest(_) | RequestBody::ChunkDigests(_) => {
                 self.listings += 1;
             }
-            RequestBody::Hello(_) | RequestBody::PullStart(_) | RequestBody::PullStatus { .. } => {}
+            RequestBody::Hello(_)
+            | RequestBody::PullStart(_)
+            | RequestBody::PullStatus { .. }
+            | RequestBody::Layers(_) => {}
         }
     }
 

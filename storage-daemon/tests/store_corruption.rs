@@ -311,3 +311,58 @@ fn not_a_disk_of_ours_is_refused() {
     short.current.truncate(1 << 20);
     assert!(matches!(h(short), Some(StoreError::NotFormatted(_))));
 }
+
+#[test]
+fn a_check_finds_every_kind_of_rot_and_nothing_on_a_sound_disk() {
+    use storage_daemon::check::check_image;
+    let mut h = Harness::open(TestDisk::formatted(&options(10 << 20, 512 << 10)), 1, 1);
+    h.create(VOLUME, 1);
+    h.put_layers(&ashlar_proto::layers::LayerList {
+        revision: 1,
+        settled: SnapshotNumber(2),
+        live: vec![SnapshotNumber(2)],
+    });
+    h.call(write(0, 0, 40, Version::new(1, 1))).unwrap();
+    h.flush(Version::ZERO, Version::ZERO);
+    h.idle();
+    h.check_disk("at rest");
+    // In the log when it is closed.
+    h.call(write(0, 3, 1, Version::new(1, 2))).unwrap();
+    let image = h.shutdown().current;
+    let report = check_image(&image[..], true);
+    assert!(report.sound() && report.clean, "{report:#?}");
+    assert_eq!((report.owned_pages, report.data_blocks), (3, 40));
+    let find = |pattern: &[u8]| {
+        let at = image.windows(pattern.len()).position(|w| w == pattern);
+        at.unwrap()
+    };
+    let home = find(&content(0, 17, Version::new(1, 1)));
+    let logged = find(&content(0, 3, Version::new(1, 2)));
+    let places = [
+        (16, "superblock"),
+        (128 * 1024 + 40, "slot header"),
+        (find(&[0xfe, 0, 0, 0, 1]) + 5, "layer list"),
+        (find(b"APGM") + 30, "sector of a page"),
+        (home + 100, "data at home"),
+        (logged + 100, "data in the log"),
+        (logged - 4096 + 70, "header of a batch"),
+    ];
+    for (at, what) in places {
+        let mut rotten = image.clone();
+        rotten[at] ^= 4;
+        let report = check_image(&rotten[..], true);
+        assert!(!report.sound(), "{what}");
+    }
+    // A page that two sectors claim.
+    let first = find(b"APGM\x01\0\x01");
+    let mut twice = image.clone();
+    let salt = storage_daemon::format::salt_of(DiskId([2; 16]));
+    let sectors = (128 << 10) + 3 * (64 << 10);
+    let page = ((first - sectors) / 512) as u32;
+    let mut sector =
+        storage_daemon::format::PageSector::decode(&image[first..], page, salt).unwrap();
+    sector.physical = 100;
+    sector.encode_into(&mut twice[sectors + 512 * 100..], salt);
+    let report = check_image(&twice[..], false);
+    assert!(!report.sound());
+}

@@ -111,6 +111,8 @@ fn run(seed: u64) -> u64 {
     h.settle();
     assert!(h.replies.values().all(Result::is_ok));
     compare(&m, &mut h, forgotten, &format!("seed {seed} end"));
+    h.idle();
+    h.check_disk(&format!("seed {seed}"));
     write_backs + h.store.stats().write_backs
 }
 

@@ -12,10 +12,9 @@ const ARGUED: &str = "//! Longer than 600 lines: ";
 
 /// Longer than that without a reason, and how long they may be. Nothing is added here, and no number grows: who makes
 /// one shorter lowers it, who mends one takes it out.
-const NOT_YET_MENDED: [(&str, usize); 3] = [
+const NOT_YET_MENDED: [(&str, usize); 2] = [
     ("nbd-client/src/engine/tests/scenarios.rs", 626),
     ("platform/src/sim/disk.rs", 790),
-    ("storage-daemon/src/store/mod.rs", 613),
 ];
 
 /// Directories that hold no source of this repository.

@@ -13,11 +13,12 @@ use super::message::{
     MAX_ENTRIES, MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read, ReadReply,
     ReplyBody, RequestBody, Trim, Write, WriteOutcome,
 };
-use crate::descriptor::{DescriptorError, VolumeDescriptor};
+use crate::descriptor::{DescriptorError, MAX_SNAPSHOTS, VolumeDescriptor};
 use crate::ids::{
     BLOCK_SIZE, BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex,
     Incarnation, SnapshotNumber, Version,
 };
+use crate::layers::LayerList;
 
 /// Longest `host:port`, in bytes.
 const MAX_ADDRESS: usize = 300;
@@ -165,6 +166,7 @@ pub(super) fn request_kind(body: &RequestBody) -> u8 {
         RequestBody::PullStatus { .. } => 12,
         RequestBody::Repair(_) => 13,
         RequestBody::Ping => 14,
+        RequestBody::Layers(_) => 15,
     }
 }
 
@@ -182,6 +184,7 @@ pub(super) fn reply_kind(body: &ReplyBody) -> u8 {
         ReplyBody::PullStart => 11,
         ReplyBody::PullStatus(_) => 12,
         ReplyBody::Ping => 14,
+        ReplyBody::Layers(_) => 15,
     }
 }
 
@@ -243,7 +246,37 @@ pub(super) fn put_request(body: &RequestBody, out: &mut BytesMut) {
         }
         RequestBody::PullStatus { group } => out.put_u32_le(group.0),
         RequestBody::Ping => {}
+        RequestBody::Layers(layers) => put_layers(layers, out),
     }
+}
+
+fn put_layers(layers: &LayerList, out: &mut BytesMut) {
+    assert!(layers.live.len() <= MAX_SNAPSHOTS, "too many snapshots");
+    out.put_u64_le(layers.revision);
+    out.put_u32_le(layers.settled.0);
+    out.put_u16_le(layers.live.len() as u16);
+    for snapshot in &layers.live {
+        out.put_u32_le(snapshot.0);
+    }
+}
+
+fn parse_layers(f: &mut Fields<'_>) -> Result<LayerList, FrameError> {
+    let revision = f.u64()?;
+    let settled = SnapshotNumber(f.u32()?);
+    let count = usize::from(f.u16()?);
+    if count > MAX_SNAPSHOTS {
+        return Err(FrameError::Bounds("number of snapshots"));
+    }
+    let live = f.take(count * 4)?.as_chunks::<4>().0.iter();
+    let layers = LayerList {
+        revision,
+        settled,
+        live: live
+            .map(|n| SnapshotNumber(u32::from_le_bytes(*n)))
+            .collect(),
+    };
+    layers.check().map_err(|e| FrameError::Bounds(e.0))?;
+    Ok(layers)
 }
 
 fn put_write(write: &Write, out: &mut BytesMut) {
@@ -355,6 +388,7 @@ pub(super) fn parse_request(
         },
         13 => RequestBody::Repair(parse_write(&mut f, payload)?),
         14 => RequestBody::Ping,
+        15 => RequestBody::Layers(parse_layers(&mut f)?),
         other => return Err(FrameError::Unknown("request kind", u32::from(other))),
     };
     f.finish()?;
@@ -448,6 +482,7 @@ pub(super) fn put_reply(body: &ReplyBody, out: &mut BytesMut) {
             out.put_u32_le(progress.chunks_total);
             out.put_u64_le(progress.blocks_moved);
         }
+        ReplyBody::Layers(layers) => put_layers(layers, out),
         ReplyBody::Configure | ReplyBody::Flush | ReplyBody::PullStart | ReplyBody::Ping => {}
     }
 }
@@ -503,6 +538,7 @@ pub(super) fn parse_reply(kind: u8, meta: &[u8], payload: Bytes) -> Result<Reply
             blocks_moved: f.u64()?,
         }),
         14 => ReplyBody::Ping,
+        15 => ReplyBody::Layers(parse_layers(&mut f)?),
         other => return Err(FrameError::Unknown("reply kind", u32::from(other))),
     };
     f.finish()?;

@@ -15,6 +15,7 @@ use crate::ids::{
     BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, RequestId,
     SnapshotNumber, Version, VolumeId,
 };
+use crate::layers::LayerList;
 
 /// Oldest version of the data protocol that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;
@@ -87,6 +88,8 @@ pub enum RequestBody {
     Repair(Write),
     /// R6: renews the lease; answered if the epoch is not fenced.
     Ping,
+    /// S6: a layer list, which the replica keeps if it is newer than its own; answered with the one it has then.
+    Layers(LayerList),
 }
 
 /// First message of a connection: who speaks, to whom, in which versions.
@@ -270,6 +273,8 @@ pub enum ReplyBody {
     PullStatus(PullProgress),
     /// To Ping.
     Ping,
+    /// To Layers: the replica's list, durable.
+    Layers(LayerList),
 }
 
 /// What became of a write.

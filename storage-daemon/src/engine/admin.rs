@@ -33,6 +33,20 @@ impl<S: ChunkStore> DiskEngine<S> {
                 };
                 out.push(EngineCommand::Admin { tag, reply });
             }
+            AdminRequest::PutLayers { volume, layers } => {
+                let known = self.replicas.get(&volume).is_some_and(|r| !r.dropping);
+                let refused = match self.refusal() {
+                    None if known => None,
+                    None => Some(Status::UnknownVolume),
+                    refused => refused,
+                };
+                if let Some(status) = refused {
+                    let reply = AdminReply::Refused(status);
+                    return out.push(EngineCommand::Admin { tag, reply });
+                }
+                let request = StoreRequest::PutLayers { volume, layers };
+                self.ask(now, Work::Layers { tag }, request, out);
+            }
             AdminRequest::Stop => {
                 if matches!(self.life, Life::Opening | Life::Serving) {
                     self.life = Life::Stopping(false);
@@ -94,6 +108,7 @@ impl<S: ChunkStore> DiskEngine<S> {
             store: self.last_stats,
             counters: self.counters,
             connections: self.connections.len() as u32,
+            layers: self.last_layers.clone(),
             failure: match &self.life {
                 Life::Failed(message) => Some(message.clone()),
                 _ => None,

@@ -3,10 +3,11 @@
 
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
 use ashlar_proto::ids::{Epoch, VolumeId};
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::{PullProgress, Reply, Request, Status};
 
 use crate::metrics::EngineCounters;
-use crate::store::{ReplicaInfo, StoreIdentity, StoreStats};
+use crate::store::{LayerProgress, ReplicaInfo, StoreIdentity, StoreStats};
 
 /// A connection that a client (or a pulling daemon) opened. Never used again after `ConnClosed`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -140,6 +141,13 @@ pub enum AdminRequest {
         /// Highest fence that the asker knew of.
         epoch: Epoch,
     },
+    /// Keep a layer list (docs/snapshots.md, S6), unless the replica's is as new.
+    PutLayers {
+        /// The volume.
+        volume: VolumeId,
+        /// The list.
+        layers: LayerList,
+    },
     /// Refuse new requests, finish the others, make everything durable.
     Stop,
 }
@@ -153,6 +161,8 @@ pub enum AdminReply {
     Replicas(Vec<ReplicaStatus>),
     /// To DropReplica; also where there was none.
     Dropped,
+    /// To PutLayers: it is durable, or was not newer.
+    LayersKept,
     /// To Stop, at once; `Stopped` follows.
     Stopping,
     /// Refused.
@@ -174,6 +184,8 @@ pub struct EngineStatus {
     pub failure: Option<String>,
     /// Volumes with a replica here, and their fences, ascending.
     pub volumes: Vec<(VolumeId, Epoch)>,
+    /// Layer lists, and what is left to be merged under them.
+    pub layers: Vec<LayerProgress>,
 }
 
 /// A replica and its last pull.

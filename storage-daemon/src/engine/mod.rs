@@ -38,7 +38,9 @@ pub use self::pull::PullFailure;
 use self::rebuild::PullSlot;
 use self::table::Table;
 use crate::metrics::EngineCounters;
-use crate::store::{StoreCommand, StoreEvent, StoreIdentity, StoreReply, StoreRequest, StoreStats};
+use crate::store::{
+    LayerProgress, StoreCommand, StoreEvent, StoreIdentity, StoreReply, StoreRequest, StoreStats,
+};
 
 /// Requests under way on one disk; more are answered `Busy`.
 pub const REQUESTS_MAX: usize = 16 * 1024;
@@ -117,6 +119,10 @@ enum Stage {
     Descriptor,
     /// The descriptor is durable, the replica is being read again.
     Refresh,
+    /// PutLayers is with the store.
+    Layers,
+    /// The newer list is durable, the replica is being asked for it.
+    LayersHeld,
 }
 
 enum FenceKind {
@@ -138,6 +144,13 @@ enum Work {
     /// The listing of replicas when the disk is open.
     Load,
     Status {
+        tag: u64,
+    },
+    /// The second part of a status.
+    Progress {
+        tag: u64,
+    },
+    Layers {
         tag: u64,
     },
     List {
@@ -167,6 +180,7 @@ pub struct DiskEngine<S> {
     pull_next: u64,
     counters: EngineCounters,
     last_stats: StoreStats,
+    last_layers: Vec<LayerProgress>,
     store_commands: Vec<StoreCommand>,
 }
 
@@ -188,6 +202,7 @@ impl<S: ChunkStore> DiskEngine<S> {
             pull_next: 0,
             counters: EngineCounters::default(),
             last_stats: StoreStats::default(),
+            last_layers: Vec::new(),
             store_commands: Vec::new(),
         }
     }
@@ -364,6 +379,7 @@ fn body_of(reply: StoreReply) -> Option<ReplyBody> {
         | StoreReply::Fenced { .. }
         | StoreReply::Replica(_)
         | StoreReply::Replicas(_)
+        | StoreReply::LayerProgress(_)
         | StoreReply::Stats(_) => return None,
     })
 }

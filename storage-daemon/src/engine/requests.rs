@@ -199,6 +199,7 @@ impl<S: ChunkStore> DiskEngine<S> {
         let (request, bytes) = store_request(volume, body)?;
         let stage = match request {
             StoreRequest::Flush { .. } if replica.suspect => Stage::Flush,
+            StoreRequest::PutLayers { .. } => Stage::Layers,
             _ => Stage::Plain,
         };
         let mut client = self.client(conn, id, volume, epoch, bytes, stage)?;
@@ -406,6 +407,10 @@ fn store_request(volume: VolumeId, body: RequestBody) -> Result<(StoreRequest, u
         RequestBody::Digest(digest) => (StoreRequest::Digest { volume, digest }, REQUEST_BYTES_MIN),
         RequestBody::ChunkDigests(digests) => (
             StoreRequest::ChunkDigests { volume, digests },
+            REQUEST_BYTES_MIN,
+        ),
+        RequestBody::Layers(layers) => (
+            StoreRequest::PutLayers { volume, layers },
             REQUEST_BYTES_MIN,
         ),
         RequestBody::Hello(_)

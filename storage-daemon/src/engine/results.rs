@@ -61,7 +61,25 @@ impl<S: ChunkStore> DiskEngine<S> {
                 if let Ok(StoreReply::Stats(stats)) = result {
                     self.last_stats = stats;
                 }
+                self.ask(
+                    now,
+                    Work::Progress { tag },
+                    StoreRequest::LayerProgress,
+                    out,
+                );
+            }
+            Work::Progress { tag } => {
+                if let Ok(StoreReply::LayerProgress(layers)) = result {
+                    self.last_layers = layers;
+                }
                 let reply = AdminReply::Status(Box::new(self.status()));
+                out.push(EngineCommand::Admin { tag, reply });
+            }
+            Work::Layers { tag } => {
+                let reply = match result {
+                    Ok(_) => AdminReply::LayersKept,
+                    Err(error) => AdminReply::Refused(status_of(&error)),
+                };
                 out.push(EngineCommand::Admin { tag, reply });
             }
             Work::List { tag } => {
@@ -228,6 +246,19 @@ impl<S: ChunkStore> DiskEngine<S> {
                     self.remember(&info);
                 }
                 Some((client, Ok(ReplyBody::Configure)))
+            }
+            Stage::Layers => {
+                client.stage = Stage::LayersHeld;
+                let request = StoreRequest::GetReplica { volume };
+                self.ask(now, Work::Client(client), request, out);
+                None
+            }
+            Stage::LayersHeld => {
+                let answer = match reply {
+                    StoreReply::Replica(info) => Ok(ReplyBody::Layers(info.layers)),
+                    _ => Err(Status::Invalid),
+                };
+                Some((client, answer))
             }
             Stage::WaitingFence(_) => {
                 debug_assert!(false, "a waiting fence is not with the store");

@@ -1,4 +1,4 @@
-//! Bytes of a volume descriptor on disk; its checksum is in the slot's header.
+//! Bytes of a volume descriptor, or of a layer list alone, on disk; their checksum is in the slot's header.
 //!
 //! Invariant: the bytes say everything that is needed to rebuild the metadata of the volume, and are
 //! independent of the wire's encoding of the same descriptor.
@@ -14,6 +14,72 @@ pub const BODY_BYTES_MAX: usize = 28 * 1024;
 /// Version 1 had no revision and no settled number of the layer list, and no snapshots.
 const BODY_VERSION: u8 = 2;
 const NAME_BYTES_MAX: usize = 128;
+
+/// Instead of a version: a layer list without a descriptor.
+const LAYERS_ONLY: u8 = 0xfe;
+
+/// What a slot's area holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Body {
+    /// The last configuration, with the same layer list.
+    pub descriptor: Option<VolumeDescriptor>,
+    /// The newest layer list.
+    pub layers: LayerList,
+}
+
+/// The bytes of a body; an error if it is larger than a slot's area.
+pub fn encode_body(body: &Body) -> Result<Vec<u8>, FormatError> {
+    if let Some(d) = &body.descriptor {
+        return encode_descriptor(d);
+    }
+    let mut b = vec![LAYERS_ONLY, 0, 0, 0];
+    b.extend_from_slice(&body.layers.revision.to_le_bytes());
+    b.extend_from_slice(&body.layers.settled.0.to_le_bytes());
+    b.extend_from_slice(&(body.layers.live.len() as u32).to_le_bytes());
+    for s in &body.layers.live {
+        b.extend_from_slice(&s.0.to_le_bytes());
+    }
+    if b.len() > BODY_BYTES_MAX {
+        Err(FormatError::Bounds("layer list"))
+    } else {
+        Ok(b)
+    }
+}
+
+/// A body from its bytes (all of them).
+pub fn decode_body(bytes: &[u8]) -> Result<Body, FormatError> {
+    if bytes.first() != Some(&LAYERS_ONLY) {
+        let descriptor = decode_descriptor(bytes)?;
+        return Ok(Body {
+            layers: descriptor.layers.clone(),
+            descriptor: Some(descriptor),
+        });
+    }
+    let mut r = Reader(bytes);
+    r.bytes(4)?;
+    let mut layers = LayerList {
+        revision: r.u64()?,
+        settled: SnapshotNumber(r.u32()?),
+        live: Vec::new(),
+    };
+    let count = r.u32()? as usize;
+    if count != r.0.len() / 4 {
+        return Err(FormatError::Bounds("counts"));
+    }
+    for _ in 0..count {
+        layers.live.push(SnapshotNumber(r.u32()?));
+    }
+    if !r.0.is_empty() {
+        return Err(FormatError::Bounds("trailing bytes"));
+    }
+    layers
+        .check()
+        .map_err(|_| FormatError::Bounds("layer list"))?;
+    Ok(Body {
+        descriptor: None,
+        layers,
+    })
+}
 
 /// The descriptor's bytes; an error if it is larger than a slot's area.
 pub fn encode_descriptor(d: &VolumeDescriptor) -> Result<Vec<u8>, FormatError> {
@@ -189,10 +255,37 @@ mod tests {
     }
 
     #[test]
+    fn a_list_alone_has_golden_bytes() {
+        let body = Body {
+            descriptor: None,
+            layers: example().layers,
+        };
+        let b = encode_body(&body).unwrap();
+        let mut expected = vec![0xfe, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0];
+        expected.extend([1, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(b, expected);
+        assert_eq!(decode_body(&b).unwrap(), body);
+        let with = Body {
+            descriptor: Some(example()),
+            ..body
+        };
+        assert_eq!(decode_body(&encode_body(&with).unwrap()).unwrap(), with);
+    }
+
+    #[test]
     fn truncated_bytes_are_errors() {
-        let b = encode_descriptor(&example()).unwrap();
-        for n in 0..b.len() {
-            assert!(decode_descriptor(&b[..n]).is_err());
+        let layers = example().layers;
+        let alone = Body {
+            descriptor: None,
+            layers,
+        };
+        for b in [
+            encode_descriptor(&example()).unwrap(),
+            encode_body(&alone).unwrap(),
+        ] {
+            for n in 0..b.len() {
+                assert!(decode_body(&b[..n]).is_err());
+            }
         }
     }
 }

@@ -42,6 +42,8 @@ pub enum RecordKind {
     Erase,
     /// The blocks had data of this version, and nobody has them any more (R7: the source's were rotten).
     Bad,
+    /// The blocks are rotten; the version is an upper bound.
+    BadUnversioned,
     /// Per replica: version is the watermark.
     Watermark {
         /// Tombstones at or below may be forgotten.
@@ -73,7 +75,10 @@ impl Record {
             + match &self.kind {
                 RecordKind::Data(checksums) => 4 * checksums.len(),
                 RecordKind::Redirect { .. } => 4 + 4 * BLOCKS_PER_PAGE as usize,
-                RecordKind::Trim | RecordKind::Erase | RecordKind::Bad => 0,
+                RecordKind::Trim
+                | RecordKind::Erase
+                | RecordKind::Bad
+                | RecordKind::BadUnversioned => 0,
                 RecordKind::Watermark { .. } => 32,
             }
     }
@@ -127,6 +132,7 @@ fn put_record(b: &mut [u8], at: usize, record: &Record) -> usize {
         RecordKind::Erase => 4,
         RecordKind::Watermark { .. } => 5,
         RecordKind::Bad => 6,
+        RecordKind::BadUnversioned => 7,
     };
     put(b, at + 2, &record.range.count.to_le_bytes());
     put(b, at + 4, &record.range.first.to_le_bytes());
@@ -153,7 +159,7 @@ fn put_record(b: &mut [u8], at: usize, record: &Record) -> usize {
                 at += 4;
             }
         }
-        RecordKind::Trim | RecordKind::Erase | RecordKind::Bad => {}
+        RecordKind::Trim | RecordKind::Erase | RecordKind::Bad | RecordKind::BadUnversioned => {}
         RecordKind::Watermark {
             forget_below,
             highest,
@@ -251,6 +257,7 @@ fn take_record(b: &[u8], at: &mut usize) -> Result<Record, FormatError> {
             }
         }
         6 => RecordKind::Bad,
+        7 => RecordKind::BadUnversioned,
         _ => return Err(FormatError::Bounds("record kind")),
     };
     Ok(Record {
@@ -328,6 +335,7 @@ mod tests {
             record(RecordKind::Trim, 0, 1024),
             record(RecordKind::Erase, 5, 1),
             record(RecordKind::Bad, 6, 1),
+            record(RecordKind::BadUnversioned, 6, 1),
             record(
                 RecordKind::Watermark {
                     forget_below: Version::new(1, 2),

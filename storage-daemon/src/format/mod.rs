@@ -15,7 +15,9 @@ mod slot;
 mod superblock;
 mod upgrade;
 
-pub use body::{BODY_BYTES_MAX, decode_descriptor, encode_descriptor};
+pub use body::{
+    BODY_BYTES_MAX, Body, decode_body, decode_descriptor, encode_body, encode_descriptor,
+};
 pub(crate) use log::header_blocks_for;
 pub use log::{
     BatchHeader, ENTRY_BYTES, LOG_HEADER_BYTES, Record, RecordKind, decode_batch, encode_batch,

@@ -106,6 +106,7 @@ mod tests {
             labels: BTreeMap::new(),
             failure: None,
             status: EngineStatus {
+                layers: Vec::new(),
                 identity: Some(StoreIdentity {
                     cluster: ClusterId([1; 16]),
                     disk,

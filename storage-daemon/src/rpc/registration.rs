@@ -4,15 +4,18 @@
 //! Invariants:
 //! - Node and disks are registered before they are reported, and again whenever an address or an
 //!   incarnation changed or the cluster does not know the node.
+//! - A layer list is given to the disk again until a heartbeat reports its revision.
 //! - A replica is dropped only if its fence is not above the epoch that the order names.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ashlar_proto::ids::{DiskId, Epoch, VolumeId};
+use ashlar_proto::ids::{DiskId, Epoch, SnapshotNumber, VolumeId};
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::rpc::metadata::{
     DiskStatus, DropReplica, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
+    ReplicaLayers, SetLayers,
 };
 use tonic::{Code, Status};
 
@@ -137,6 +140,9 @@ async fn round(
     for order in response.drop {
         drop_replica(daemon, &order).await;
     }
+    for order in response.set_layers {
+        set_layers(daemon, order).await;
+    }
     let wanted = Duration::from_millis(u64::from(response.interval_ms));
     Ok((response.interval_ms > 0).then_some(wanted))
 }
@@ -197,7 +203,16 @@ fn disk_status(report: &DiskReport) -> DiskStatus {
             .iter()
             .map(|(volume, _)| volume.to_vec())
             .collect(),
-        layers: Vec::new(),
+        layers: report
+            .status
+            .layers
+            .iter()
+            .map(|l| ReplicaLayers {
+                volume_id: l.volume.to_vec(),
+                revision: l.revision,
+                chunks_left: l.chunks_left,
+            })
+            .collect(),
     }
 }
 
@@ -219,6 +234,38 @@ async fn drop_replica(daemon: &Daemon, order: &DropReplica) {
         }
         Ok(reply) => tracing::debug!(%volume, %disk, ?reply, "a replica is not dropped now"),
         Err(error) => tracing::debug!(%volume, %disk, %error, "a replica cannot be dropped"),
+    }
+}
+
+async fn set_layers(daemon: &Daemon, order: SetLayers) {
+    let (Some(disk), Some(volume), Some(list)) = (
+        DiskId::from_slice(&order.disk_id),
+        VolumeId::from_slice(&order.volume_id),
+        order.layers,
+    ) else {
+        tracing::warn!("the metadata cluster sends a layer list without saying of what");
+        return;
+    };
+    let layers = LayerList {
+        revision: list.revision,
+        settled: SnapshotNumber(list.settled),
+        live: list.live.into_iter().map(SnapshotNumber).collect(),
+    };
+    if let Err(error) = layers.check() {
+        tracing::warn!(%volume, %error, "the metadata cluster sends a layer list that is none");
+        return;
+    }
+    let revision = layers.revision;
+    match daemon
+        .admin(disk, AdminRequest::PutLayers { volume, layers })
+        .await
+    {
+        Ok(AdminReply::LayersKept) => {
+            tracing::debug!(%volume, %disk, revision, "a replica has a newer layer list");
+        }
+        // The next heartbeat says that it is missing, and brings it again.
+        Ok(reply) => tracing::debug!(%volume, %disk, ?reply, "a layer list is not kept now"),
+        Err(error) => tracing::debug!(%volume, %disk, %error, "a layer list cannot be kept"),
     }
 }
 

@@ -23,6 +23,7 @@ use ashlar_proto::descriptor::VolumeDescriptor;
 use ashlar_proto::ids::{
     ChunkIndex, ClusterId, DiskId, Epoch, Incarnation, SnapshotNumber, Version, VolumeId,
 };
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire;
 use bytes::Bytes;
 
@@ -66,6 +67,8 @@ pub struct StoreConfig {
     pub marker_delay: Duration,
     /// Discard pages that stay free for this long (at most twice as long); `None`: never.
     pub discard_after: Option<Duration>,
+    /// Between two steps of merging layers, while there are requests.
+    pub merge_pause: Duration,
 }
 
 impl Default for StoreConfig {
@@ -81,6 +84,7 @@ impl Default for StoreConfig {
             idle_write_back: Duration::from_millis(2000),
             marker_delay: Duration::from_millis(20),
             discard_after: Some(Duration::from_secs(5)),
+            merge_pause: Duration::from_millis(5),
         }
     }
 }
@@ -242,10 +246,17 @@ pub enum StoreRequest {
         rebuild_epoch: Epoch,
     },
     /// R0: store the configuration durably, and fence at its epoch. A descriptor of a lower epoch than
-    /// the stored one is refused.
+    /// the stored one is refused. Of its layer list and the replica's the one of the higher revision stays.
     PutDescriptor {
         /// The configuration.
         descriptor: VolumeDescriptor,
+    },
+    /// S6: the layer list, durable before the answer. One that is not newer than the replica's is done without effect.
+    PutLayers {
+        /// The volume.
+        volume: VolumeId,
+        /// The list.
+        layers: LayerList,
     },
     /// What is known of a replica (also without a request: `Store::replica`).
     GetReplica {
@@ -264,6 +275,8 @@ pub enum StoreRequest {
     },
     /// All replicas.
     ListReplicas,
+    /// The layer lists of all replicas that ever got one, and what is left to be merged under them (S8).
+    LayerProgress,
     /// Counters.
     Stats,
     /// Finish what was admitted, make it durable, write the clean mark.
@@ -294,7 +307,7 @@ pub enum StoreReply {
     Written(wire::WriteOutcome),
     /// To Read.
     Read(wire::ReadReply),
-    /// To Flush and Shutdown, ClearSuspect, DropReplica and PutDescriptor.
+    /// To Flush and Shutdown, ClearSuspect, DropReplica, PutDescriptor and PutLayers.
     Done,
     /// To Collect and Digest.
     Entries(wire::Entries),
@@ -316,8 +329,21 @@ pub enum StoreReply {
     Replica(Box<ReplicaInfo>),
     /// To ListReplicas, ordered by volume.
     Replicas(Vec<ReplicaInfo>),
+    /// To LayerProgress, ordered by volume.
+    LayerProgress(Vec<LayerProgress>),
     /// To Stats.
     Stats(StoreStats),
+}
+
+/// How far a replica is with its layer list.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LayerProgress {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The list's revision.
+    pub revision: u64,
+    /// Chunks that are still to be merged.
+    pub chunks_left: u64,
 }
 
 /// What a store knows of a replica.
@@ -345,6 +371,12 @@ pub struct ReplicaInfo {
     pub chunks: u64,
     /// The last configuration.
     pub descriptor: Option<VolumeDescriptor>,
+    /// The newest layer list that the replica ever got.
+    pub layers: LayerList,
+    /// Chunks that are still to be merged under it (S8).
+    pub garbage_left: u64,
+    /// Bytes of the pages of each canonical layer, ascending: a snapshot's own, and above the last live one the head's.
+    pub layer_bytes: Vec<(u32, u64)>,
 }
 
 /// Counters and gauges of a store.
@@ -384,6 +416,8 @@ pub struct StoreStats {
     pub read_errors: u64,
     /// Bad blocks repaired by Repair.
     pub repaired_blocks: u64,
+    /// Pages whose layer was merged into another.
+    pub merged_pages: u64,
     /// Tombstone ranges kept.
     pub tombstones: u64,
     /// Requests waiting for the log or for metadata.

@@ -127,7 +127,7 @@ impl Store {
             let holds = plan
                 .blocks
                 .iter()
-                .any(|(_, _, b)| matches!(b, BlockPlan::Data { .. } | BlockPlan::Bad { .. }));
+                .any(|(_, _, b)| !matches!(b, BlockPlan::Erased));
             let has = plan.adopt.is_some() || plan.allocated.is_some();
             if has
                 || !holds
@@ -268,7 +268,7 @@ impl Store {
     }
 
     /// The sector of a home page as blocks.
-    fn home_blocks(&mut self, physical: u32, bound: Version) -> [PageBlock; 16] {
+    pub(super) fn home_blocks(&mut self, physical: u32, bound: Version) -> [PageBlock; 16] {
         let mut blocks = [PageBlock::default(); BLOCKS_PER_PAGE as usize];
         match self.cache.sector(physical) {
             Lookup::Sector(bytes) => {
@@ -328,6 +328,13 @@ impl Store {
                         version,
                         checksum,
                         state: StoredState::Bad,
+                    };
+                }
+                BlockPlan::BadUnversioned { version } => {
+                    *b = PageBlock {
+                        version,
+                        checksum: 0,
+                        state: StoredState::BadUnversioned,
                     };
                 }
                 BlockPlan::Data {
@@ -451,14 +458,11 @@ impl Store {
             self.release_left(outcome);
         }
         for &(slot, chunk, layer) in &burst.touched {
-            let Some(c) = self
-                .index
-                .by_slot_mut(slot)
-                .and_then(|r| r.chunks.get_mut(&chunk))
-            else {
+            let replica = self.index.by_slot_mut(slot);
+            let Some(l) = replica.and_then(|r| r.layer_mut(chunk, layer)) else {
                 continue;
             };
-            let tombstones = &mut c.layer_mut(layer).tombstones;
+            let tombstones = &mut l.tombstones;
             let before = tombstones.len();
             tombstones.forget(burst.end);
             let forgotten = before - tombstones.len();
@@ -472,6 +476,7 @@ impl Store {
         }
         self.log.free_to(burst.end);
         self.stats.write_backs += 1;
+        self.merge.stalled = false;
         self.drain_queue(out);
     }
 
@@ -482,13 +487,7 @@ impl Store {
         let Some(replica) = self.index.by_slot_mut(key.slot) else {
             return;
         };
-        let layer = replica
-            .chunks
-            .entry(key.chunk)
-            .or_default()
-            .layer_mut(key.layer);
-        let fresh = layer.pages.set(key.page, home).is_none();
-        replica.pages += u64::from(fresh);
+        replica.set_home(key, home);
         if let Some(r) = self.index.pages.get_mut(&key)
             && std::mem::take(&mut r.reserved)
         {
@@ -516,14 +515,7 @@ impl Store {
                 let Some(replica) = self.index.by_slot_mut(key.slot) else {
                     continue;
                 };
-                replica
-                    .chunks
-                    .entry(key.chunk)
-                    .or_default()
-                    .layer_mut(key.layer)
-                    .pages
-                    .remove(key.page);
-                replica.pages -= 1;
+                replica.clear_home(key);
             }
             self.allocator.release(*page);
         }

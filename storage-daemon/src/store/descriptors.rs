@@ -4,20 +4,22 @@
 //! - A descriptor's body is durable before a header names it; both header copies are durable before the
 //!   change takes effect in memory and is answered.
 //! - A replica number is durable as given away (superblock) before a slot uses it.
+//! - The layer list of a replica never gets older (docs/snapshots.md, S6): whatever changes it compares revisions.
 //! - Requests for one volume are done in order; those for different volumes share their syncs.
 
 use std::collections::VecDeque;
 
 use ashlar_proto::descriptor::VolumeDescriptor;
-use ashlar_proto::ids::{Epoch, ReplicaState, Version, VolumeId};
+use ashlar_proto::ids::{Epoch, PAGE_SIZE, ReplicaState, Version, VolumeId};
+use ashlar_proto::layers::LayerList;
 use bytes::Bytes;
 
 use super::api::{ReplicaInfo, StoreCommand, StoreError, StoreReply, StoreRequest};
-use super::index::Replica;
+use super::replica::Replica;
 use super::space::block_of;
 use super::sync::{SuperblockAction, SyncAction};
 use super::{Store, Target};
-use crate::format::{ReplicaHeader, SECTOR, encode_descriptor};
+use crate::format::{Body, ReplicaHeader, SECTOR, encode_body};
 
 /// Most changes that share one round of syncs.
 const GROUP_MAX: usize = 256;
@@ -45,7 +47,7 @@ struct Item {
     tag: u64,
     slot: u32,
     header: ReplicaHeader,
-    body: Option<(Vec<u8>, VolumeDescriptor)>,
+    body: Option<(Vec<u8>, Body)>,
     kind: Kind,
 }
 
@@ -81,11 +83,38 @@ impl AdminState {
 fn volume_of(request: &StoreRequest) -> VolumeId {
     match request {
         StoreRequest::PutFence { volume, .. }
+        | StoreRequest::PutLayers { volume, .. }
         | StoreRequest::ClearSuspect { volume }
         | StoreRequest::DropReplica { volume } => *volume,
         StoreRequest::PutDescriptor { descriptor } => descriptor.volume,
         _ => VolumeId::NIL,
     }
+}
+
+fn check_layers(layers: &LayerList) -> Result<(), StoreError> {
+    layers.check().map_err(|error| StoreError::Invalid(error.0))
+}
+
+fn layer_bytes(r: &Replica) -> Vec<(u32, u64)> {
+    let mut sums: Vec<(u32, u64)> = Vec::new();
+    for (number, pages) in &r.layer_pages {
+        let (layer, bytes) = (r.canonical(*number), pages * PAGE_SIZE as u64);
+        match sums.last_mut().filter(|(last, _)| *last == layer) {
+            Some((_, sum)) => *sum += bytes,
+            None => sums.push((layer, bytes)),
+        }
+    }
+    sums
+}
+
+/// Puts a body into a slot's header: the area that is not in use.
+fn place_body(header: &mut ReplicaHeader, body: Body) -> Result<(Vec<u8>, Body), StoreError> {
+    let bytes = encode_body(&body)
+        .map_err(|_| StoreError::Invalid("descriptor and layer list do not fit their slot"))?;
+    header.body_area ^= 1;
+    header.body_bytes = bytes.len() as u32;
+    header.body_checksum = crc32c::crc32c(&bytes);
+    Ok((bytes, body))
 }
 
 impl Store {
@@ -102,6 +131,9 @@ impl Store {
             pages: r.pages,
             chunks: r.chunks.len() as u64,
             descriptor: r.descriptor.clone(),
+            layers: r.layers.clone(),
+            garbage_left: r.garbage.len() as u64,
+            layer_bytes: layer_bytes(r),
         }
     }
 
@@ -130,7 +162,7 @@ impl Store {
             let dropping = matches!(request, StoreRequest::DropReplica { .. });
             if seen.contains(&volume)
                 || self.admin.group.len() >= GROUP_MAX
-                || (dropping && !self.burst.is_idle())
+                || (dropping && !(self.burst.is_idle() && self.merge.is_idle()))
             {
                 seen.push(volume);
                 later.push_back((tag, request));
@@ -138,7 +170,8 @@ impl Store {
             }
             match self.plan_admin(tag, request) {
                 Err(error) => Self::reply(out, tag, Err(error)),
-                Ok(item) => {
+                Ok(None) => Self::reply(out, tag, Ok(StoreReply::Done)),
+                Ok(Some(item)) => {
                     seen.push(volume);
                     created |= item.kind == Kind::Create;
                     self.admin.group.push(item);
@@ -157,7 +190,8 @@ impl Store {
         }
     }
 
-    fn plan_admin(&mut self, tag: u64, request: StoreRequest) -> Result<Item, StoreError> {
+    /// What a request changes; `None`: nothing.
+    fn plan_admin(&mut self, tag: u64, request: StoreRequest) -> Result<Option<Item>, StoreError> {
         let volume = volume_of(&request);
         let current = self.index.replica(volume).map(|r| {
             (
@@ -188,13 +222,13 @@ impl Store {
                 ..ReplicaHeader::default()
             };
             self.superblock.next_replica += 1;
-            return Ok(Item {
+            return Ok(Some(Item {
                 tag,
                 slot,
                 header,
                 body: None,
                 kind: Kind::Create,
-            });
+            }));
         }
         let (slot, mut header, descriptor_epoch) = current.ok_or(StoreError::UnknownVolume)?;
         header.generation += 1;
@@ -216,21 +250,39 @@ impl Store {
                 }
                 kind = Kind::Fence;
             }
-            StoreRequest::PutDescriptor { descriptor } => {
+            StoreRequest::PutDescriptor { mut descriptor } => {
                 let floor = header.fence.max(descriptor_epoch);
                 if descriptor.epoch < floor {
                     return Err(StoreError::Fenced(floor));
                 }
-                let bytes = encode_descriptor(&descriptor)
-                    .map_err(|_| StoreError::Invalid("descriptor does not fit its slot"))?;
+                check_layers(&descriptor.layers)?;
+                let held = self.index.replica(volume).map(|r| &r.layers);
+                if let Some(held) = held.filter(|l| l.revision >= descriptor.layers.revision) {
+                    descriptor.layers = held.clone();
+                }
                 header.fence = descriptor.epoch;
-                header.body_area ^= 1;
-                header.body_bytes = bytes.len() as u32;
-                header.body_checksum = crc32c::crc32c(&bytes);
                 if self.settled_in_sync(&descriptor) {
                     header.rebuild_epoch = Epoch(0);
                 }
-                body = Some((bytes, descriptor));
+                let new = Body {
+                    layers: descriptor.layers.clone(),
+                    descriptor: Some(descriptor),
+                };
+                body = Some(place_body(&mut header, new)?);
+            }
+            StoreRequest::PutLayers { layers, .. } => {
+                check_layers(&layers)?;
+                let Some(r) = self.index.replica(volume) else {
+                    return Err(StoreError::UnknownVolume);
+                };
+                if layers.revision <= r.layers.revision {
+                    return Ok(None);
+                }
+                let mut descriptor = r.descriptor.clone();
+                if let Some(d) = &mut descriptor {
+                    d.layers = layers.clone();
+                }
+                body = Some(place_body(&mut header, Body { descriptor, layers })?);
             }
             StoreRequest::ClearSuspect { .. } => header.trusted = incarnation,
             StoreRequest::DropReplica { .. } => {
@@ -244,13 +296,13 @@ impl Store {
             }
             _ => return Err(StoreError::Invalid("not about a replica")),
         }
-        Ok(Item {
+        Ok(Some(Item {
             tag,
             slot,
             header,
             body,
             kind,
-        })
+        }))
     }
 
     /// The descriptor has this disk in sync and nowhere rebuilding.
@@ -359,8 +411,12 @@ impl Store {
             Kind::Change | Kind::Fence => {
                 if let Some(r) = self.index.by_slot_mut(item.slot) {
                     r.header = item.header;
-                    if let Some((_, descriptor)) = item.body {
-                        r.descriptor = Some(descriptor);
+                    if let Some((_, body)) = item.body {
+                        let newer = body.layers.revision > r.layers.revision;
+                        r.descriptor = body.descriptor;
+                        if newer {
+                            self.adopt_layers(item.slot, body.layers);
+                        }
                     }
                 }
             }

@@ -1,5 +1,5 @@
-//! What the store knows in memory: replicas, their chunks, the home page of each page, and the overlay of
-//! blocks whose newest state is still in the log.
+//! What the store knows in memory: replicas (`replica`), and the overlay of blocks whose newest state is still in
+//! the log.
 //!
 //! Invariants:
 //! - An overlay entry was accepted later than the home block beneath it and always hides it; it goes only
@@ -8,18 +8,14 @@
 //!   reproduces them (`apply_*` serve both).
 //! - The overlay is kept page by page: an entry per redirected page, not sixteen, and one look-up per page.
 //!   `PageRef::reserved` says that one page is promised; a page without entries is not in the map.
-//! - `home_highest` is at least the highest version in any home page of the replica.
+//! - A layer's `logged` has the bit of every page with an entry in the overlay.
 
-use std::collections::BTreeMap;
-
-use ashlar_proto::descriptor::VolumeDescriptor;
 use ashlar_proto::ids::{BLOCKS_PER_PAGE, SnapshotNumber, Version, VolumeId};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use super::allocator::Allocator;
-use super::tombstones::Tombstones;
-use crate::format::ReplicaHeader;
+use super::replica::Replica;
 
 /// No physical page.
 pub(super) const NO_PAGE: u32 = u32::MAX;
@@ -82,6 +78,8 @@ pub(super) enum Place {
     Erased,
     /// Its data in the log is rotten.
     Bad,
+    /// Rotten, and its version is an upper bound.
+    BadUnversioned,
 }
 
 /// Newest state of a block that is in the log.
@@ -168,138 +166,6 @@ impl PageRef {
 
     fn is_empty(&self) -> bool {
         self.whole.is_none() && self.blocks.is_empty()
-    }
-}
-
-/// Home pages of one layer of a chunk: a bitmap of those present, and their numbers in order.
-#[derive(Clone, Debug, Default)]
-pub(super) struct PageTable {
-    present: u64,
-    physical: Vec<u32>,
-}
-
-impl PageTable {
-    fn rank(&self, page: u8) -> usize {
-        (self.present & ((1u64 << page) - 1)).count_ones() as usize
-    }
-
-    pub(super) fn get(&self, page: u8) -> Option<u32> {
-        (self.present & (1 << page) != 0).then(|| self.physical[self.rank(page)])
-    }
-
-    pub(super) fn set(&mut self, page: u8, physical: u32) -> Option<u32> {
-        let at = self.rank(page);
-        if self.present & (1 << page) != 0 {
-            return Some(std::mem::replace(&mut self.physical[at], physical));
-        }
-        self.present |= 1 << page;
-        if self.physical.len() == self.physical.capacity() {
-            self.physical
-                .reserve_exact((self.physical.len() / 2).max(1));
-        }
-        self.physical.insert(at, physical);
-        None
-    }
-
-    pub(super) fn remove(&mut self, page: u8) -> Option<u32> {
-        let physical = self.get(page)?;
-        self.physical.remove(self.rank(page));
-        self.present &= !(1 << page);
-        Some(physical)
-    }
-
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u8, u32)> {
-        (0..64u8)
-            .filter(|p| self.present & (1 << p) != 0)
-            .zip(self.physical.iter().copied())
-    }
-}
-
-/// One layer of a chunk.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Layer {
-    pub(super) number: u32,
-    pub(super) pages: PageTable,
-    pub(super) tombstones: Tombstones,
-}
-
-/// A chunk of a replica.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Chunk {
-    /// At least the highest version in it.
-    pub(super) highest: Version,
-    /// Ascending by number.
-    pub(super) layers: SmallVec<[Layer; 1]>,
-}
-
-impl Chunk {
-    pub(super) fn layer(&self, number: u32) -> Option<&Layer> {
-        self.layers.iter().find(|l| l.number == number)
-    }
-
-    pub(super) fn layer_mut(&mut self, number: u32) -> &mut Layer {
-        let at = self.layers.partition_point(|l| l.number < number);
-        if self.layers.get(at).is_none_or(|l| l.number != number) {
-            self.layers.insert(
-                at,
-                Layer {
-                    number,
-                    ..Layer::default()
-                },
-            );
-        }
-        &mut self.layers[at]
-    }
-}
-
-/// A replica.
-#[derive(Clone, Debug)]
-pub(super) struct Replica {
-    pub(super) slot: u32,
-    pub(super) header: ReplicaHeader,
-    pub(super) descriptor: Option<VolumeDescriptor>,
-    pub(super) watermark: Version,
-    pub(super) forget_below: Version,
-    pub(super) highest: Version,
-    pub(super) home_highest: Version,
-    /// Batch that holds the newest Watermark record, 0: none.
-    pub(super) watermark_batch: u64,
-    pub(super) watermark_dirty: bool,
-    pub(super) pages: u64,
-    pub(super) chunks: BTreeMap<u32, Chunk>,
-}
-
-impl Replica {
-    pub(super) fn new(slot: u32, header: ReplicaHeader) -> Self {
-        Self {
-            slot,
-            header,
-            descriptor: None,
-            watermark: Version::ZERO,
-            forget_below: Version::ZERO,
-            highest: Version::ZERO,
-            home_highest: Version::ZERO,
-            watermark_batch: 0,
-            watermark_dirty: false,
-            pages: 0,
-            chunks: BTreeMap::new(),
-        }
-    }
-
-    pub(super) fn home(&self, key: PageKey) -> Option<u32> {
-        self.chunks
-            .get(&key.chunk)?
-            .layer(key.layer)?
-            .pages
-            .get(key.page)
-    }
-
-    /// Records that a version was applied in a chunk.
-    pub(super) fn note(&mut self, chunk: u32, version: Version) -> &mut Chunk {
-        self.highest = self.highest.max(version);
-        let chunk = self.chunks.entry(chunk).or_default();
-        chunk.highest = chunk.highest.max(version);
-        chunk
     }
 }
 
@@ -396,7 +262,8 @@ impl Index {
         let Some(replica) = self.replicas[first.slot as usize].as_deref_mut() else {
             return;
         };
-        let layer = replica.note(first.chunk, version).layer_mut(first.layer);
+        let layer = replica.note(first.chunk, first.layer, version);
+        layer.logged |= 1 << first.page().page;
         let before = layer.tombstones.len();
         if before == 0 {
             return;
@@ -460,10 +327,7 @@ impl Index {
         let Some(replica) = self.replicas[slot as usize].as_deref_mut() else {
             return;
         };
-        let tombstones = &mut replica
-            .note(range.chunk.0, version)
-            .layer_mut(layer.0)
-            .tombstones;
+        let tombstones = &mut replica.note(range.chunk.0, layer.0, version).tombstones;
         let before = tombstones.len() as u64;
         tombstones.insert(range.first, range.end(), version, batch);
         self.tombstones = self.tombstones + tombstones.len() as u64 - before;
@@ -516,23 +380,10 @@ impl Index {
                 allocator.unreserve();
             }
             self.pages.remove(&key);
+            let replica = self.by_slot_mut(key.slot);
+            if let Some(layer) = replica.and_then(|r| r.layer_mut(key.chunk, key.layer)) {
+                layer.logged &= !(1 << key.page);
+            }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_table_keeps_order() {
-        let mut t = PageTable::default();
-        assert_eq!(t.set(63, 1), None);
-        assert_eq!(t.set(0, 2), None);
-        assert_eq!(t.set(7, 3), None);
-        assert_eq!(t.set(7, 4), Some(3));
-        assert_eq!(t.iter().collect::<Vec<_>>(), vec![(0, 2), (7, 4), (63, 1)]);
-        assert_eq!(t.remove(0), Some(2));
-        assert_eq!((t.get(0), t.get(7), t.get(63)), (None, Some(4), Some(1)));
     }
 }

@@ -115,16 +115,17 @@ impl Store {
         ))
     }
 
-    /// Every (layer, block) of a chunk that is not absent, ascending.
+    /// Every (canonical layer, block) of a chunk that is not absent, ascending.
     fn chunk_entries(&mut self, slot: u32, chunk: u32) -> Result<Vec<Entry>, SmallVec<[u32; 8]>> {
         let mut need: SmallVec<[u32; 8]> = SmallVec::new();
         let mut entries = Vec::new();
-        let layers: SmallVec<[u32; 8]> = self
-            .index
-            .by_slot(slot)
-            .and_then(|r| r.chunks.get(&chunk))
-            .map(|c| c.layers.iter().map(|l| l.number).collect())
-            .unwrap_or_default();
+        let mut layers: SmallVec<[u32; 8]> = SmallVec::new();
+        if let Some(r) = self.index.by_slot(slot)
+            && let Some(c) = r.chunks.get(&chunk)
+        {
+            layers.extend(c.layers.iter().map(|l| r.canonical(l.number)));
+            layers.dedup();
+        }
         for layer in layers {
             let mut block = 0u16;
             while u32::from(block) < BLOCKS_PER_CHUNK {
@@ -138,7 +139,7 @@ impl Store {
                     block += 16;
                     continue;
                 }
-                match self.resolve_in_layer(key) {
+                match self.resolve_in_class(key) {
                     Err(sectors) => {
                         need.push(sectors);
                         block = (block / 16 + 1) * 16;
@@ -174,20 +175,16 @@ impl Store {
         }
     }
 
+    /// Whether no layer that is one with this canonical one can have a block of the page.
     fn page_is_vacant(&self, key: BlockKey) -> bool {
         let Some(replica) = self.index.by_slot(key.slot) else {
             return true;
         };
-        let Some(layer) = replica
-            .chunks
-            .get(&key.chunk)
-            .and_then(|c| c.layer(key.layer))
-        else {
+        let Some(chunk) = replica.chunks.get(&key.chunk) else {
             return true;
         };
-        layer.tombstones.len() == 0
-            && layer.pages.get(key.page().page).is_none()
-            && !self.index.pages.contains_key(&key.page())
+        let class = chunk.between(replica.oldest_of_class(key.layer), key.layer);
+        class.iter().all(|l| l.is_vacant(key.page().page))
     }
 
     fn list_entries(

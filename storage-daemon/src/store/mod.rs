@@ -3,12 +3,14 @@
 //! | file | holds |
 //! |---|---|
 //! | `api` | requests, replies, events, commands |
-//! | `log`, `index`, `tombstones`, `allocator`, `cache` | the parts in memory, without I/O |
-//! | `writes`, `removal`, `reads`, `listing`, `descriptors` | what requests do |
+//! | `log`, `index`, `replica`, `tombstones`, `allocator`, `cache` | the parts in memory, without I/O |
+//! | `writes`, `removal`, `reads`, `resolve`, `listing`, `descriptors` | what requests do |
+//! | `layers`, `merge`, `merge_steps` | layers that are one: their names, and merging them |
 //! | `sync` | grouped fdatasync, the superblock |
 //! | `writeback`, `burst` | from the log to the home pages |
 //! | `recovery`, `recovery_log`, `replay` | opening a disk |
 //! | `space` | high-water mark, pages given back later |
+//! | `shutdown` | the two ends: closed cleanly, and poisoned |
 //! | `discard` | free pages given back to the device |
 //!
 //! Invariants (each file has its own):
@@ -25,13 +27,19 @@ mod cache;
 mod descriptors;
 mod discard;
 mod index;
+mod layers;
 mod listing;
 mod log;
+mod merge;
+mod merge_steps;
 mod reads;
 mod recovery;
 mod recovery_log;
 mod removal;
 mod replay;
+mod replica;
+mod resolve;
+mod shutdown;
 mod space;
 mod sync;
 mod tombstones;
@@ -39,7 +47,6 @@ mod writeback;
 mod writes;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
 
 use ashlar_platform::clock::Time;
 use ashlar_platform::disk::{DiskCommand, DiskCompletion, IoToken};
@@ -81,6 +88,8 @@ enum Target {
     /// A repair that an opening writes.
     Fix,
     Discard,
+    MergeRead(u32),
+    MergeWrite,
 }
 
 /// A request that waits for something.
@@ -123,6 +132,7 @@ pub struct Store {
     burst: writeback::BurstState,
     space: space::SpaceState,
     discard: discard::DiscardState,
+    merge: merge::MergeState,
     io: FxHashMap<u64, Target>,
     next_token: u64,
     /// Requests that wait for room in the log, in order.
@@ -167,6 +177,7 @@ impl Store {
             burst: writeback::BurstState::default(),
             space: space::SpaceState::default(),
             discard: discard::DiscardState::default(),
+            merge: merge::MergeState::default(),
             io: FxHashMap::default(),
             next_token: 0,
             queue: VecDeque::new(),
@@ -214,7 +225,8 @@ impl Store {
             && self.log.open.is_empty()
             && self.admin.is_idle();
         let idle = quiet.then(|| self.last_write.after(self.config.idle_write_back));
-        [idle, self.marker_deadline, self.discard.age_at]
+        let merge = self.merge.deadline(self.now);
+        [idle, self.marker_deadline, self.discard.age_at, merge]
             .into_iter()
             .flatten()
             .min()
@@ -304,6 +316,7 @@ impl Store {
             }
             StoreRequest::PutFence { .. }
             | StoreRequest::PutDescriptor { .. }
+            | StoreRequest::PutLayers { .. }
             | StoreRequest::ClearSuspect { .. }
             | StoreRequest::DropReplica { .. } => self.queue_admin(p.tag, p.request, out),
             StoreRequest::GetReplica { volume } => {
@@ -320,6 +333,10 @@ impl Store {
                     .collect();
                 all.sort_by_key(|r| r.volume);
                 Self::reply(out, p.tag, Ok(StoreReply::Replicas(all)));
+            }
+            StoreRequest::LayerProgress => {
+                let progress = self.layer_progress();
+                Self::reply(out, p.tag, Ok(StoreReply::LayerProgress(progress)));
             }
             StoreRequest::Stats => {
                 Self::reply(out, p.tag, Ok(StoreReply::Stats(self.stats())));
@@ -359,7 +376,11 @@ impl Store {
         }
         let is_write = !matches!(
             target,
-            Target::Read { .. } | Target::Sector(_) | Target::BurstRead(_) | Target::Recovery(_)
+            Target::Read { .. }
+                | Target::Sector(_)
+                | Target::BurstRead(_)
+                | Target::Recovery(_)
+                | Target::MergeRead(_)
         );
         let bytes = match completion.result {
             Ok(bytes) => Some(bytes),
@@ -390,6 +411,8 @@ impl Store {
             Target::HighWater => self.on_high_water_written(out),
             Target::Recovery(id) => self.on_recovery(id, bytes, out),
             Target::Fix => self.on_fix_written(),
+            Target::MergeRead(index) => self.on_merge_read(index, bytes, out),
+            Target::MergeWrite => self.on_merge_written(out),
             // Its errors are its own: see `on_disk`.
             Target::Discard => {}
         }
@@ -452,6 +475,7 @@ impl Store {
     fn on_sector(&mut self, block: u32, bytes: Option<Bytes>, out: &mut Vec<StoreCommand>) {
         self.cache.insert(block, bytes.as_deref(), self.salt);
         self.burst_sector(block);
+        self.merge_sector(block);
         for id in self.sector_waiters.remove(&block).unwrap_or_default() {
             let Some((_, missing)) = self.parked.get_mut(&id) else {
                 continue;
@@ -477,6 +501,7 @@ impl Store {
                 self.pump_discard(out);
                 self.start_admin(out);
                 self.drain_queue(out);
+                self.pump_merge(out);
                 while self.submit_batch(out) && !self.queue.is_empty() {
                     self.drain_queue(out);
                 }
@@ -530,84 +555,6 @@ impl Store {
                 }
             }
             Some(_) => {}
-        }
-    }
-
-    fn pump_shutdown(&mut self, out: &mut Vec<StoreCommand>) {
-        let Phase::Closing(_) = self.phase else {
-            return;
-        };
-        if self.space.shutdown_started {
-            return;
-        }
-        let busy = !self.queue.is_empty()
-            || !self.parked.is_empty()
-            || !self.reads.is_empty()
-            || self.log.flights() > 0
-            || !self.admin.is_idle()
-            || !self.burst.is_idle()
-            || self.space.is_busy();
-        if busy {
-            self.close_wanted = true;
-            return;
-        }
-        if self.log.open.is_empty() {
-            self.append_watermarks(0);
-        }
-        if !self.log.open.is_empty() {
-            self.close_wanted = true;
-            self.submit_batch(out);
-            return;
-        }
-        self.space.shutdown_started = true;
-        self.sync.dirty = true;
-        self.want_sync(SyncAction::Shutdown, out);
-    }
-
-    fn shutdown_synced(&mut self) {
-        self.superblock.clean = true;
-        self.superblock.durable_sequence = self.log.durable;
-        self.want_superblock(sync::SuperblockAction::Shutdown);
-    }
-
-    fn shutdown_done(&mut self, out: &mut Vec<StoreCommand>) {
-        if let Phase::Closing(tag) = self.phase {
-            Self::reply(out, tag, Ok(StoreReply::Done));
-            out.push(StoreCommand::Closed);
-            self.phase = Phase::Closed;
-        }
-    }
-
-    /// Fail-stop: answers everything that waits with `DiskFailed`.
-    fn poison(&mut self, error: &io::Error, out: &mut Vec<StoreCommand>) {
-        let mut tags: Vec<u64> = self.log.drain_acks().into_iter().map(|a| a.tag).collect();
-        tags.extend(self.sync.take_replies());
-        tags.extend(self.queue.drain(..).map(|p| p.tag));
-        tags.extend(self.parked.drain().map(|(_, (p, _))| p.tag));
-        tags.extend(
-            std::mem::take(&mut self.batch_waiters)
-                .into_values()
-                .flatten()
-                .map(|p| p.tag),
-        );
-        tags.extend(self.reads.drain().map(|(_, job)| job.tag()));
-        tags.extend(self.admin.take_tags());
-        if let Phase::Closing(tag) = self.phase {
-            tags.push(tag);
-        }
-        tags.sort_unstable();
-        let recovering = matches!(self.phase, Phase::Recovering(_));
-        self.phase = Phase::Failed(StoreError::DiskFailed);
-        for tag in tags {
-            Self::reply(out, tag, Err(StoreError::DiskFailed));
-        }
-        tracing::error!(%error, "the disk failed: its replicas are lost until it is replaced or reopened");
-        out.push(StoreCommand::Poisoned {
-            kind: error.kind(),
-            message: error.to_string(),
-        });
-        if recovering {
-            out.push(StoreCommand::OpenFailed(StoreError::DiskFailed));
         }
     }
 }

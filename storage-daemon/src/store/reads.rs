@@ -1,4 +1,4 @@
-//! Reads: where the newest state of a block is, the I/O, and its verification.
+//! Reads: the I/O and its verification; `resolve` says where the newest state of a block is.
 //!
 //! Invariants:
 //! - Data is answered only if it matches the checksum that belongs to the answered version.
@@ -13,37 +13,11 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::api::{StoreCommand, StoreError, StoreReply, StoreRequest};
-use super::cache::{Lookup, SECTORS_PER_BLOCK};
-use super::index::{BlockKey, Place};
+use super::resolve::Resolved;
 use super::{Parked, READS_MAX, Store, Target};
-use crate::format::{PageSector, StoredState};
 
 /// Times that a read is repeated because what it found had moved.
 const ATTEMPTS_MAX: u8 = 8;
-
-/// The state of a block of one layer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Resolved {
-    pub(super) state: BlockState,
-    /// ZERO if absent; an upper bound if `unversioned`.
-    pub(super) version: Version,
-    pub(super) checksum: u32,
-    /// Where the data is on the disk, if `Data`.
-    pub(super) offset: u64,
-    /// The batch whose completion makes this visible, 0: none.
-    pub(super) batch: u64,
-    /// Bad, and the version is not known.
-    pub(super) unversioned: bool,
-}
-
-const ABSENT: Resolved = Resolved {
-    state: BlockState::Absent,
-    version: Version::ZERO,
-    checksum: 0,
-    offset: 0,
-    batch: 0,
-    unversioned: false,
-};
 
 struct Segment {
     /// Index of the first block within the range.
@@ -68,159 +42,11 @@ impl ReadJob {
 }
 
 impl Store {
-    /// The state of a block within its layer; an error names sectors to read first.
-    pub(super) fn resolve_in_layer(&mut self, key: BlockKey) -> Result<Resolved, u32> {
-        let Some(replica) = self.index.by_slot(key.slot) else {
-            return Ok(ABSENT);
-        };
-        let Some(layer) = replica
-            .chunks
-            .get(&key.chunk)
-            .and_then(|c| c.layer(key.layer))
-        else {
-            return Ok(ABSENT);
-        };
-        let tombstone = layer.tombstones.covering(key.block).map(|e| Resolved {
-            state: BlockState::Tombstone,
-            version: e.version,
-            batch: e.batch,
-            ..ABSENT
-        });
-        if let Some(overlay) = self.index.overlay(key) {
-            let (version, checksum, batch) = (overlay.version, overlay.checksum, overlay.batch);
-            let found = Resolved {
-                version,
-                checksum,
-                batch,
-                ..ABSENT
-            };
-            let found = match overlay.place {
-                Place::Erased => Resolved {
-                    version: Version::ZERO,
-                    checksum: 0,
-                    ..found
-                },
-                Place::Bad => Resolved {
-                    state: BlockState::Bad,
-                    ..found
-                },
-                Place::Log(index) => {
-                    let offset = self.log.batch(batch).map_or(0, |b| b.data_offset(index));
-                    let offset = self.geometry.log_offset + offset;
-                    Resolved {
-                        state: BlockState::Data,
-                        offset,
-                        ..found
-                    }
-                }
-                Place::Page(physical) => {
-                    let offset = self.block_offset(physical, key.block);
-                    Resolved {
-                        state: BlockState::Data,
-                        offset,
-                        ..found
-                    }
-                }
-            };
-            return Ok(tombstone
-                .filter(|t| t.version > found.version)
-                .unwrap_or(found));
-        }
-        let page = key.page().page;
-        let Some(physical) = layer.pages.get(page) else {
-            return Ok(tombstone.unwrap_or(ABSENT));
-        };
-        let home_highest = replica.home_highest;
-        if let Some(t) = tombstone.filter(|t| t.version >= home_highest) {
-            return Ok(t);
-        }
-        let found = match self.cache.sector(physical) {
-            Lookup::Missing => return Err(physical / SECTORS_PER_BLOCK),
-            Lookup::Rotten => Resolved {
-                state: BlockState::Bad,
-                version: home_highest,
-                unversioned: true,
-                ..ABSENT
-            },
-            Lookup::Sector(bytes) => {
-                let b = PageSector::block_of(bytes, usize::from(key.block % 16));
-                let found = Resolved {
-                    version: b.version,
-                    checksum: b.checksum,
-                    ..ABSENT
-                };
-                match b.state {
-                    StoredState::Absent => ABSENT,
-                    StoredState::Bad => Resolved {
-                        state: BlockState::Bad,
-                        ..found
-                    },
-                    StoredState::BadUnversioned => Resolved {
-                        state: BlockState::Bad,
-                        unversioned: true,
-                        ..found
-                    },
-                    StoredState::Data => {
-                        let offset = self.block_offset(physical, key.block);
-                        Resolved {
-                            state: BlockState::Data,
-                            offset,
-                            ..found
-                        }
-                    }
-                }
-            }
-        };
-        Ok(tombstone
-            .filter(|t| t.version > found.version)
-            .unwrap_or(found))
-    }
-
-    /// The state that a reader of this snapshot sees: the newest layer at or below that has the block.
-    fn resolve(&mut self, slot: u32, read: &wire::Read, block: u16) -> Result<Resolved, u32> {
-        let chunk = read.range.chunk.0;
-        let key = BlockKey {
-            slot,
-            chunk,
-            layer: read.snapshot.0,
-            block,
-        };
-        if read.exact_layer {
-            return self.resolve_in_layer(key);
-        }
-        let layers: SmallVec<[u32; 8]> = match self.index.by_slot(slot) {
-            Some(r) => r
-                .chunks
-                .get(&chunk)
-                .map(|c| {
-                    c.layers
-                        .iter()
-                        .rev()
-                        .map(|l| l.number)
-                        .filter(|n| *n <= read.snapshot.0)
-                        .collect()
-                })
-                .unwrap_or_default(),
-            None => SmallVec::new(),
-        };
-        let mut batch = 0;
-        for layer in layers {
-            let mut found = self.resolve_in_layer(BlockKey { layer, ..key })?;
-            // An erasure that is in flight hides a newer block: wait for it as well.
-            batch = batch.max(found.batch);
-            if found.state != BlockState::Absent {
-                found.batch = batch;
-                return Ok(found);
-            }
-        }
-        Ok(Resolved { batch, ..ABSENT })
-    }
-
     pub(super) fn execute_read(&mut self, p: Parked, out: &mut Vec<StoreCommand>) {
         let StoreRequest::Read { volume, read } = &p.request else {
             return;
         };
-        let (volume, read) = (*volume, *read);
+        let (volume, mut read) = (*volume, *read);
         let range = read.range;
         let valid = u32::from(range.count) <= wire::MAX_DATA_BLOCKS
             && ashlar_proto::ids::BlockRange::new(
@@ -232,9 +58,11 @@ impl Store {
         if !valid {
             return Self::reply(out, p.tag, Err(StoreError::Invalid("range")));
         }
-        let Some(slot) = self.index.replica(volume).map(|r| r.slot) else {
+        let Some(replica) = self.index.replica(volume) else {
             return Self::reply(out, p.tag, Err(StoreError::UnknownVolume));
         };
+        let slot = replica.slot;
+        read.snapshot = replica.layers.canonical(read.snapshot);
         if self.reads.len() >= READS_MAX {
             return Self::reply(out, p.tag, Err(StoreError::Busy));
         }
@@ -386,12 +214,15 @@ impl Store {
             }
         }
         if !bad.is_empty() && job.parked.attempts < ATTEMPTS_MAX {
-            let Some(slot) = self.index.replica(volume).map(|r| r.slot) else {
+            let Some(replica) = self.index.replica(volume) else {
                 return Self::reply(out, job.parked.tag, Err(StoreError::UnknownVolume));
             };
+            let slot = replica.slot;
+            let mut current = read;
+            current.snapshot = replica.layers.canonical(read.snapshot);
             let moved = bad.iter().any(|i| {
                 let old = job.blocks[usize::from(*i)];
-                self.resolve(slot, &read, read.range.first + i) != Ok(old)
+                self.resolve(slot, &current, read.range.first + i) != Ok(old)
             });
             if moved {
                 job.parked.attempts += 1;

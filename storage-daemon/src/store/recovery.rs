@@ -26,13 +26,14 @@ use bytes::Bytes;
 use super::allocator::Allocator;
 use super::api::{StoreCommand, StoreError, StoreIdentity};
 use super::cache::SECTORS_PER_BLOCK;
-use super::index::{PageKey, Replica};
+use super::index::PageKey;
 use super::log::Log;
+use super::replica::Replica;
 use super::sync::{SuperblockAction, SyncAction};
 use super::{Phase, Store, Target};
 use crate::format::{
     BatchHeader, FormatError, Geometry, IO_BLOCK, PAGE_SECTOR_BYTES, PageSector, PageState, Record,
-    ReplicaHeader, SUPERBLOCK_OFFSETS, StoredState, Superblock, decode_descriptor, salt_of,
+    ReplicaHeader, SUPERBLOCK_OFFSETS, StoredState, Superblock, decode_body, salt_of,
 };
 
 /// Reads in flight.
@@ -404,10 +405,11 @@ impl Store {
         let body = bytes
             .and_then(|b| b.get(..h.body_bytes as usize))
             .filter(|b| crc32c::crc32c(b) == h.body_checksum);
-        match body.map(decode_descriptor) {
-            Some(Ok(d)) => {
+        match body.map(decode_body) {
+            Some(Ok(body)) => {
                 if let Some(replica) = self.index.by_slot_mut(slot) {
-                    replica.descriptor = Some(d);
+                    replica.descriptor = body.descriptor;
+                    replica.layers = body.layers;
                 }
             }
             _ => r.damage = true,
@@ -476,13 +478,11 @@ impl Store {
             }
             r.owned[other as usize] = 0;
             r.losers.push(other);
-        } else {
-            replica.pages += 1;
         }
         r.owned[s.physical as usize] = s.generation;
         replica.home_highest = replica.home_highest.max(highest);
-        let chunk = replica.note(s.chunk.0, highest);
-        chunk.layer_mut(s.layer.0).pages.set(s.page, s.physical);
+        replica.note(s.chunk.0, s.layer.0, highest);
+        replica.set_home(key, s.physical);
     }
 
     /// Brings memory to what the log says.

@@ -6,7 +6,7 @@
 //!   for older ones the source is the truth, also where the version here is higher or the source has nothing.
 //! - Records of tombstones stay a bounded share of the log, since they are logged again at write-back.
 
-use ashlar_proto::ids::{BLOCK_SIZE, BlockRange, SnapshotNumber, Version, VolumeId};
+use ashlar_proto::ids::{BLOCK_SIZE, BlockRange, ChunkIndex, SnapshotNumber, Version, VolumeId};
 use ashlar_proto::wire::{self, BlockState, WriteOutcome};
 use smallvec::{SmallVec, smallvec};
 
@@ -56,7 +56,7 @@ impl Store {
         Stop::Done
     }
 
-    fn admit_tombstone(&self, count: u64) -> Result<(), Stop> {
+    pub(super) fn admit_tombstone(&self, count: u64) -> Result<(), Stop> {
         // A new range can split an old one: each counts twice.
         let bytes = (self.index.tombstones + 2 * count) * 2 * ENTRY_BYTES as u64;
         let fits = bytes <= self.log.bytes / TOMBSTONE_LOG_SHARE;
@@ -122,7 +122,7 @@ impl Store {
                 layer: b.snapshot.0,
                 block: b.block,
             };
-            match self.resolve_in_layer(key) {
+            match self.resolve_in_class(key) {
                 Err(sectors) => need.push(sectors),
                 Ok(local) => {
                     behind = behind.max(local.batch);
@@ -156,10 +156,19 @@ impl Store {
             return Stop::Done;
         }
         let chosen = apply.iter().map(|i| &blocks[*i]);
-        if let Err(stop) = self.admit_pull(slot, chunk.0, chosen) {
+        let stale = chosen
+            .clone()
+            .map(|b| self.stale_layers(slot, block_range(*chunk, b.block), b.snapshot))
+            .collect::<Vec<_>>();
+        let erasures = stale.iter().map(|layers| layers.len()).sum();
+        if let Err(stop) = self.admit_pull(slot, chunk.0, chosen, erasures) {
             return stop;
         }
-        for i in apply {
+        for (i, layers) in apply.into_iter().zip(stale) {
+            for layer in layers {
+                let range = block_range(*chunk, blocks[i].block);
+                self.append_erase(slot, number, range, layer, |_| true);
+            }
             self.append_pulled(slot, number, *chunk, &blocks[i]);
         }
         self.log.open.acks.push(ack);
@@ -171,8 +180,9 @@ impl Store {
         slot: u32,
         chunk: u32,
         blocks: impl Iterator<Item = &'a super::api::PullBlock>,
+        erasures: usize,
     ) -> Result<(), Stop> {
-        let (mut data, mut records, mut trims) = (0, 0, 0);
+        let (mut data, mut records, mut trims) = (0, erasures, 0);
         let mut pages: SmallVec<[PageKey; 16]> = SmallVec::new();
         for b in blocks {
             records += 2;
@@ -208,16 +218,12 @@ impl Store {
         &mut self,
         slot: u32,
         number: u64,
-        chunk: ashlar_proto::ids::ChunkIndex,
+        chunk: ChunkIndex,
         b: &super::api::PullBlock,
     ) {
         self.log.open.fresh = true;
         self.last_write = self.now;
-        let range = BlockRange {
-            chunk,
-            first: b.block,
-            count: 1,
-        };
+        let range = block_range(chunk, b.block);
         let key = BlockKey {
             slot,
             chunk: chunk.0,
@@ -277,6 +283,14 @@ impl Store {
         if b.state == BlockState::Tombstone {
             self.append_trim(slot, number, range, layer, version);
         }
+    }
+}
+
+fn block_range(chunk: ChunkIndex, first: u16) -> BlockRange {
+    BlockRange {
+        chunk,
+        first,
+        count: 1,
     }
 }
 

@@ -55,6 +55,10 @@ impl Store {
         }
         r.keep_named(&named);
         r.owned = Vec::new();
+        for replica in self.index.replicas.iter_mut().flatten() {
+            replica.find_garbage();
+        }
+        self.merge.any = true;
     }
 
     fn replay_record(
@@ -115,12 +119,16 @@ impl Store {
                     self.index.apply_erase(key(block), batch);
                 }
             }
-            RecordKind::Bad => {
+            RecordKind::Bad | RecordKind::BadUnversioned => {
+                let place = match record.kind {
+                    RecordKind::Bad => Place::Bad,
+                    _ => Place::BadUnversioned,
+                };
                 let entry = Overlay {
                     batch,
                     version: record.version,
                     checksum: 0,
-                    place: Place::Bad,
+                    place,
                 };
                 for block in record.range.blocks() {
                     self.index

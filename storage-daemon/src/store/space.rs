@@ -6,7 +6,7 @@
 
 use ashlar_platform::buffer::AlignedBuffer;
 use ashlar_platform::disk::DiskCommand;
-use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_PAGE, PAGE_SIZE};
+use ashlar_proto::ids::{BLOCK_SIZE, PAGE_SIZE};
 use bytes::Bytes;
 use smallvec::smallvec;
 
@@ -117,11 +117,6 @@ impl Store {
 
     pub(super) fn page_offset(&self, physical: u32) -> u64 {
         self.geometry.pages_offset + u64::from(physical) * PAGE_SIZE as u64
-    }
-
-    pub(super) fn block_offset(&self, physical: u32, block: u16) -> u64 {
-        let within = u64::from(block) % u64::from(BLOCKS_PER_PAGE);
-        self.page_offset(physical) + within * BLOCK_SIZE as u64
     }
 
     pub(super) fn slot_offset(&self, slot: u32) -> u64 {

@@ -21,6 +21,7 @@ pub(super) enum SyncAction {
     Superblock,
     Admin,
     WriteBack,
+    Merge,
     HighWater,
     /// Nothing but the knowledge.
     Marker,
@@ -123,6 +124,7 @@ impl Store {
             }
             SyncAction::Admin => self.admin_advance(out),
             SyncAction::WriteBack => self.burst_synced(out),
+            SyncAction::Merge => self.merge_synced(),
             SyncAction::HighWater => self.high_water_sectors_durable(),
             SyncAction::Marker => {}
             SyncAction::Shutdown => self.shutdown_synced(),

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ashlar_proto::ids::{
-    BLOCK_SIZE, BLOCKS_PER_PAGE, BlockRange, ChunkIndex, SnapshotNumber, Version,
+    BLOCK_SIZE, BLOCKS_PER_PAGE, BlockRange, ChunkIndex, Epoch, SnapshotNumber, Version,
 };
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -48,6 +48,8 @@ pub(super) enum BlockPlan {
     Erased,
     /// Known bad.
     Bad { version: Version, checksum: u32 },
+    /// Known bad, of at most this version.
+    BadUnversioned { version: Version },
 }
 
 /// A fresh page that becomes home.
@@ -203,7 +205,7 @@ impl Store {
         let pressure = full || stuck;
         let idle =
             self.idle_work() && self.now >= self.last_write.after(self.config.idle_write_back);
-        if !(pressure || idle) || self.admin.is_dropping() {
+        if !(pressure || idle) || self.admin.is_dropping() || self.merge.moves_pages() {
             return;
         }
         if front > self.log.durable {
@@ -307,7 +309,10 @@ impl Store {
                             burst.dead.push(*physical);
                         }
                     }
-                    RecordKind::Data(_) | RecordKind::Erase | RecordKind::Bad => {}
+                    RecordKind::Data(_)
+                    | RecordKind::Erase
+                    | RecordKind::Bad
+                    | RecordKind::BadUnversioned => {}
                 }
                 let mut block = record.range.first;
                 while block < record.range.end() {
@@ -342,6 +347,7 @@ impl Store {
             Place::Page(_) => BlockPlan::Adopted,
             Place::Erased => BlockPlan::Erased,
             Place::Bad => BlockPlan::Bad { version, checksum },
+            Place::BadUnversioned => BlockPlan::BadUnversioned { version },
         };
         let block = (key.block % BLOCKS_PER_PAGE as u16) as u8;
         let blocks = &mut pages.entry(key.page()).or_default().blocks;
@@ -375,8 +381,8 @@ impl Store {
         }
     }
 
-    fn layer(&self, slot: u32, chunk: u32, layer: u32) -> Option<&super::index::Layer> {
-        self.index.by_slot(slot)?.chunks.get(&chunk)?.layer(layer)
+    fn layer(&self, slot: u32, chunk: u32, layer: u32) -> Option<&super::replica::Layer> {
+        self.index.by_slot(slot)?.layer(chunk, layer)
     }
 
     /// Writes those tombstones again that may not be forgotten yet.
@@ -386,13 +392,19 @@ impl Store {
             let Some(replica) = self.index.by_slot_mut(slot) else {
                 continue;
             };
-            let (number, below) = (replica.header.replica, replica.forget_below);
-            let Some(c) = replica.chunks.get_mut(&chunk) else {
+            let number = replica.header.replica;
+            // A rebuild target may still be given what lies beneath.
+            let below = match replica.header.rebuild_epoch {
+                Epoch(0) => replica.forget_below,
+                _ => Version::ZERO,
+            };
+            let lowest = replica.chunks.get(&chunk).and_then(|c| c.layers.first());
+            let oldest = lowest.is_some_and(|l| l.number == layer);
+            let keep = |e: &Extent| !(oldest && e.version <= below);
+            let Some(l) = replica.layer_mut(chunk, layer) else {
                 continue;
             };
-            let oldest = c.layers.first().is_some_and(|l| l.number == layer);
-            let keep = |e: &Extent| !(oldest && e.version <= below);
-            let tombstones = &mut c.layer_mut(layer).tombstones;
+            let tombstones = &mut l.tombstones;
             for e in tombstones
                 .iter()
                 .filter(|e| e.batch <= burst.end && keep(e))

@@ -147,6 +147,7 @@ impl Store {
     fn update(&mut self, mut p: Parked, out: &mut Vec<StoreCommand>) -> Option<Parked> {
         let first_time = !std::mem::replace(&mut p.verified, true);
         let tag = p.tag;
+        self.name_layers(&mut p.request);
         let stop = match &p.request {
             StoreRequest::Write {
                 volume,
@@ -184,17 +185,14 @@ impl Store {
         if version > replica.highest && mode == Mode::Write {
             return Judgement::Accept;
         }
-        if self.index.overlay(key).is_none() {
-            let layer = replica
-                .chunks
-                .get(&key.chunk)
-                .and_then(|c| c.layer(key.layer));
+        if self.index.overlay(key).is_none() && self.index.others_of_class(key).is_empty() {
+            let layer = replica.layer(key.chunk, key.layer);
             let covered = layer.and_then(|l| l.tombstones.covering(key.block));
             if covered.is_none() && version > replica.home_highest {
                 return Judgement::Accept;
             }
         }
-        match self.resolve_in_layer(key) {
+        match self.resolve_in_class(key) {
             Err(block) => Judgement::Need(block),
             Ok(r) => {
                 let equal_repair = mode == Mode::Repair
@@ -294,12 +292,22 @@ impl Store {
             );
             return Stop::Done;
         }
-        let redirect = match self.admit_write(slot, write, &accepted) {
+        // What equals in version may lie in a lower layer that is one with this: there it must go.
+        let stale = match mode {
+            Mode::Repair => self.stale_layers(slot, write.range, write.snapshot),
+            Mode::Write => SmallVec::new(),
+        };
+        let redirect = match self.admit_write(slot, write, &accepted, stale.len()) {
             Ok(redirect) => redirect,
             Err(stop) => return stop,
         };
         if mode == Mode::Repair {
             self.stats.repaired_blocks += u64::from(blocks);
+        }
+        for layer in stale {
+            self.append_erase(slot, number, write.range, layer, |i| {
+                accepted[usize::from(i)]
+            });
         }
         self.append_write(slot, number, write, &accepted, redirect, out);
         let all = blocks == u32::from(write.range.count);
@@ -318,7 +326,13 @@ impl Store {
     }
 
     /// Checks room in the log and on the disk; says whether whole pages go to fresh pages.
-    fn admit_write(&self, slot: u32, write: &wire::Write, accepted: &[bool]) -> Result<bool, Stop> {
+    fn admit_write(
+        &self,
+        slot: u32,
+        write: &wire::Write,
+        accepted: &[bool],
+        stale: usize,
+    ) -> Result<bool, Stop> {
         let (mut whole, mut need_with, mut need_without) = (0u32, 0u32, 0u32);
         let mut log_blocks = 0u32;
         let page_of = |block: u16| block / BLOCKS_PER_PAGE as u16;
@@ -356,7 +370,8 @@ impl Store {
         if !redirect && !self.allocator.can_reserve(need_without) {
             return Err(Stop::Refuse(StoreError::NoSpace));
         }
-        let records = whole as usize * 2 + 2 + accepted.windows(2).filter(|w| w[0] != w[1]).count();
+        let edges = accepted.windows(2).filter(|w| w[0] != w[1]).count();
+        let records = whole as usize * 2 + 2 + edges + stale * (edges + 1);
         let record_bytes = records * ENTRY_BYTES + accepted.len() * 4 + whole as usize * 4;
         self.admit_log(record_bytes, data_blocks)?;
         Ok(redirect)

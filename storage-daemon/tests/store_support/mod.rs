@@ -7,12 +7,15 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(dead_code, reason = "each test file uses a part")]
 
+pub mod layers;
+
 use std::collections::BTreeMap;
 use std::io;
 
 use ashlar_platform::clock::Time;
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
 use ashlar_proto::ids::*;
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::{self, BlockState};
 use bytes::Bytes;
 use storage_daemon::store::*;
@@ -267,6 +270,7 @@ pub fn config() -> StoreConfig {
         write_back_percent: 30,
         // A few completions: most discards meet other work.
         discard_after: Some(std::time::Duration::from_micros(50)),
+        merge_pause: std::time::Duration::from_micros(20),
         ..StoreConfig::default()
     }
 }
@@ -441,7 +445,18 @@ impl Harness {
         first: u32,
         count: u32,
     ) -> Vec<(BlockState, Version)> {
-        let r = self.read(chunk, first, count, 0);
+        self.read_layer_checked(chunk, first, count, 0)
+    }
+
+    /// The same at a snapshot number.
+    pub fn read_layer_checked(
+        &mut self,
+        chunk: u32,
+        first: u32,
+        count: u32,
+        snapshot: u32,
+    ) -> Vec<(BlockState, Version)> {
+        let r = self.read(chunk, first, count, snapshot);
         let data = r.data.concat();
         let mut at = 0;
         let mut states = Vec::new();
@@ -460,6 +475,56 @@ impl Harness {
         }
         assert_eq!(at, data.len());
         states
+    }
+
+    /// States and versions at a snapshot number, without a look at the contents.
+    pub fn states(&mut self, chunk: u32, count: u32, snapshot: u32) -> Vec<(BlockState, Version)> {
+        let r = self.read(chunk, 0, count, snapshot);
+        r.blocks.iter().map(|b| (b.state, b.version)).collect()
+    }
+
+    /// What `storage-daemon check` says of the disk at rest, which it must say.
+    pub fn check_disk(&self, context: &str) {
+        let report = storage_daemon::check::check_image(&self.disk.current[..], true);
+        assert!(report.sound(), "{context}: {:#?}", report.problems);
+        let stats = self.store.stats();
+        let pages = report.owned_pages + report.logged_pages;
+        assert_eq!(
+            pages * PAGE_SIZE as u64,
+            stats.used_bytes - stats.reserved_bytes,
+            "{context}: pages that leaked, or are free and owned: {report:?}"
+        );
+    }
+
+    pub fn put_layers(&mut self, layers: &LayerList) {
+        let layers = layers.clone();
+        let volume = VOLUME;
+        let r = self.call(StoreRequest::PutLayers { volume, layers });
+        assert_eq!(r, Ok(StoreReply::Done));
+    }
+
+    /// Every entry of a chunk, in order.
+    pub fn entries(&mut self, chunk: u32) -> Vec<wire::Entry> {
+        let chunk = ChunkIndex(chunk);
+        let mut from = wire::Cursor {
+            chunk,
+            ..wire::Cursor::default()
+        };
+        let mut all = Vec::new();
+        loop {
+            let digest = wire::Digest { chunk, from };
+            let volume = VOLUME;
+            match self.call(StoreRequest::Digest { volume, digest }) {
+                Ok(StoreReply::Entries(part)) => {
+                    all.extend(part.entries);
+                    match part.next {
+                        Some(next) => from = next,
+                        None => return all,
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     pub fn shutdown(mut self) -> TestDisk {
@@ -501,11 +566,35 @@ pub fn write(chunk: u32, first: u32, count: u32, version: Version) -> StoreReque
 }
 
 pub fn trim(chunk: u32, first: u32, count: u32, version: Version) -> StoreRequest {
+    trim_layer(chunk, first, count, version, 0)
+}
+
+pub fn write_layer(
+    chunk: u32,
+    first: u32,
+    count: u32,
+    version: Version,
+    layer: u32,
+) -> StoreRequest {
+    StoreRequest::Write {
+        volume: VOLUME,
+        write: write_of(chunk, first, count, version, layer),
+        client: true,
+    }
+}
+
+pub fn trim_layer(
+    chunk: u32,
+    first: u32,
+    count: u32,
+    version: Version,
+    layer: u32,
+) -> StoreRequest {
     StoreRequest::Trim {
         volume: VOLUME,
         trim: wire::Trim {
             range: BlockRange::new(ChunkIndex(chunk), first, count).unwrap(),
-            snapshot: SnapshotNumber(0),
+            snapshot: SnapshotNumber(layer),
             version,
             durable: false,
         },

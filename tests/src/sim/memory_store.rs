@@ -222,6 +222,7 @@ fn is_durable(request: &StoreRequest) -> bool {
         StoreRequest::Flush { .. }
         | StoreRequest::PutFence { .. }
         | StoreRequest::PutDescriptor { .. }
+        | StoreRequest::PutLayers { .. }
         | StoreRequest::ClearSuspect { .. }
         | StoreRequest::DropReplica { .. }
         | StoreRequest::Shutdown => true,

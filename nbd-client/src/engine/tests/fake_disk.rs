@@ -249,7 +249,9 @@ impl FakeDisk {
                 Ok(ReplyBody::PullStatus(self.pull_status(group.0)))
             }
             RequestBody::Ping => Ok(ReplyBody::Ping),
-            RequestBody::Hello(_) | RequestBody::ChunkDigests(_) => Err(Status::Invalid),
+            RequestBody::Hello(_) | RequestBody::ChunkDigests(_) | RequestBody::Layers(_) => {
+                Err(Status::Invalid)
+            }
         }
     }
 

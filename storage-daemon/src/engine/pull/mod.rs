@@ -5,10 +5,11 @@
 //! and hands it to the own store, which decides once more, block by block, when it applies it.
 //!
 //! Invariants:
+//! - Source and own store list under one layer list: `agree` has the argument.
 //! - Every request to the source names the rebuild epoch and the source's incarnation that the holder
 //!   trusts: a source that was fenced further, or lost data, ends the pull.
-//! - `Complete` means: every chunk was compared after the pull began, and the store applied everything
-//!   that differed. A pull with a block that the source cannot provide ends as `Failed`.
+//! - `Complete` means: every chunk was compared under one layer list after the pull began, and the store applied
+//!   everything that differed. A pull with a block that the source cannot provide ends as `Failed`.
 //! - A lost connection makes the pull start again at the lowest chunk that is not done; nothing that was
 //!   under way is taken for done. Memory is bounded by the constants below.
 //!
@@ -18,6 +19,7 @@
 //! | Running | refusal, faulty peer, too many reconnects, higher fence | Failed |
 //! | Complete, Failed | - | - (a new PullStart replaces the pull) |
 
+mod agree;
 mod budget;
 mod listing;
 mod merge;
@@ -37,6 +39,7 @@ use ashlar_proto::wire::{
 };
 use bytes::Bytes;
 
+use self::agree::Agreement;
 use self::budget::Budget;
 use self::listing::Listing;
 use self::merge::{PlanLimits, Run};
@@ -129,6 +132,7 @@ enum Link {
 /// A request to the source that is unanswered.
 enum Remote {
     Hello,
+    Layers,
     Chunks,
     Entries(ChunkIndex),
     Data(Run),
@@ -136,6 +140,8 @@ enum Remote {
 
 /// A request to the own store that is unanswered.
 enum Local {
+    /// A part of an exchange of layer lists.
+    Layers,
     Chunks,
     Entries(ChunkIndex),
     Apply {
@@ -170,6 +176,7 @@ pub struct Pull {
     chunks_done: u32,
     blocks_moved: u64,
     source_bad: u64,
+    agreement: Agreement,
 }
 
 impl Pull {
@@ -199,6 +206,7 @@ impl Pull {
             chunks_done: 0,
             blocks_moved: 0,
             source_bad: 0,
+            agreement: Agreement::default(),
         }
     }
 
@@ -299,8 +307,9 @@ impl Pull {
         if self.reconnects > PULL_RECONNECTS_MAX {
             return self.fail(PullFailure::Unreachable, out);
         }
-        let resume = self.tasks.keys().next().copied().unwrap_or(self.position);
+        let resume = self.done_below();
         self.position = resume;
+        self.disagree();
         self.source = Listing::from(resume);
         self.target = Listing::from(resume);
         self.tasks.clear();
@@ -353,7 +362,7 @@ impl Pull {
             self.reads -= 1;
         }
         let outcome = match reply.result {
-            Ok(body) => self.accept(work, body, out),
+            Ok(body) => self.accept(work, body, now, out),
             Err(Status::Busy) => {
                 self.ask_again(work, now, out);
                 Ok(())
@@ -370,9 +379,11 @@ impl Pull {
         &mut self,
         work: Remote,
         body: ReplyBody,
+        now: Time,
         out: &mut Vec<PullCommand>,
     ) -> Result<(), PullFailure> {
         match (work, body) {
+            (Remote::Layers, ReplyBody::Layers(layers)) => self.source_layers(layers, now, out),
             (Remote::Hello, ReplyBody::Hello(hello)) => {
                 if hello.disk != self.order.start.source {
                     return Err(PullFailure::Refused(Status::WrongTarget));
@@ -421,6 +432,7 @@ impl Pull {
                 out.push(PullCommand::Disconnect);
                 self.lost(now, out);
             }
+            Remote::Layers => self.exchange_again(),
             Remote::Chunks => self.source.ask_again(),
             Remote::Entries(chunk) => {
                 if let Some(task) = self.tasks.get_mut(&chunk) {
@@ -454,10 +466,11 @@ impl Pull {
             return;
         }
         let outcome = match result {
-            Ok(reply) => self.accept_local(work, reply),
+            Ok(reply) => self.accept_local(work, reply, now, out),
             Err(StoreError::Busy) => {
                 self.hold_until = Some(now.after(PULL_BUSY_DELAY));
                 match work {
+                    Local::Layers => self.exchange_again(),
                     Local::Chunks => self.target.ask_again(),
                     Local::Entries(chunk) => {
                         if let Some(task) = self.tasks.get_mut(&chunk) {
@@ -476,9 +489,16 @@ impl Pull {
         }
     }
 
-    fn accept_local(&mut self, work: Local, reply: StoreReply) -> Result<(), PullFailure> {
+    fn accept_local(
+        &mut self,
+        work: Local,
+        reply: StoreReply,
+        now: Time,
+        out: &mut Vec<PullCommand>,
+    ) -> Result<(), PullFailure> {
         const ORDER: PullFailure = PullFailure::Protocol("the own store's listing is out of order");
         match (work, reply) {
+            (Local::Layers, reply) => self.own_layers(reply, now, out),
             (Local::Chunks, StoreReply::ChunkDigests(list)) => {
                 self.target.page(list.chunks, list.next).map_err(|_| ORDER)
             }

@@ -2,7 +2,7 @@
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{BLOCK_SIZE, ChunkIndex};
-use ashlar_proto::wire::{ChunkDigests, Digest, PullState, Read, RequestBody};
+use ashlar_proto::wire::{ChunkDigests, Digest, Read, RequestBody};
 use smallvec::SmallVec;
 
 use super::work::ChunkTask;
@@ -24,6 +24,9 @@ impl Pull {
             }
             self.apply(chunk, blocks, out);
         }
+        if !self.agree(out) {
+            return;
+        }
         loop {
             self.list_chunks(now, out);
             let more_tasks = self.start_tasks();
@@ -35,7 +38,7 @@ impl Pull {
         let listed = !self.source.starved() && !self.target.starved();
         let walked = self.source.head().is_none() && self.target.head().is_none();
         if listed && walked && self.tasks.is_empty() && self.applies == 0 && self.again.is_empty() {
-            self.end(PullState::Complete, out);
+            self.confirm(out);
         }
     }
 

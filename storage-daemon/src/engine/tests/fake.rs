@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::*;
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::*;
 use bytes::Bytes;
 
@@ -52,6 +53,9 @@ pub fn info(volume: VolumeId) -> ReplicaInfo {
         pages: 0,
         chunks: 0,
         descriptor: None,
+        layers: LayerList::default(),
+        garbage_left: 0,
+        layer_bytes: Vec::new(),
     }
 }
 
@@ -167,7 +171,7 @@ impl FakeStore {
         for block in read.range.blocks() {
             let at = Cursor {
                 chunk: read.range.chunk,
-                snapshot: read.snapshot,
+                snapshot: self.name(volume, read.snapshot),
                 block,
             };
             let stored = self.blocks.get(&(volume, at));
@@ -198,6 +202,7 @@ impl FakeStore {
         snapshot: SnapshotNumber,
         new: &Stored,
     ) -> WriteOutcome {
+        let snapshot = self.name(volume, snapshot);
         self.applied.push(new.version);
         let mut outcome = WriteOutcome::Applied;
         for (index, block) in range.blocks().enumerate() {
@@ -239,7 +244,7 @@ impl FakeStore {
                 volume,
                 Cursor {
                     chunk,
-                    snapshot: block.snapshot,
+                    snapshot: self.name(volume, block.snapshot),
                     block: block.block,
                 },
             );
@@ -262,11 +267,47 @@ impl FakeStore {
         StoreReply::Pulled { applied }
     }
 
+    /// Like a store that has merged everything the moment it gets a list.
+    pub fn put_layers(&mut self, volume: VolumeId, layers: LayerList) -> Result<(), StoreError> {
+        let replica = self.replicas.get_mut(&volume);
+        let replica = replica.ok_or(StoreError::UnknownVolume)?;
+        layers.check().map_err(|e| StoreError::Invalid(e.0))?;
+        if layers.revision <= replica.layers.revision {
+            return Ok(());
+        }
+        replica.layers = layers.clone();
+        let (mine, others) = std::mem::take(&mut self.blocks)
+            .into_iter()
+            .partition(|((v, _), _)| *v == volume);
+        self.blocks = others;
+        let mine: BTreeMap<(VolumeId, Cursor), Stored> = mine;
+        for ((_, at), stored) in mine {
+            let snapshot = layers.canonical(at.snapshot);
+            let key = (volume, Cursor { snapshot, ..at });
+            if self
+                .blocks
+                .get(&key)
+                .is_none_or(|old| old.version < stored.version)
+            {
+                self.blocks.insert(key, stored);
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self, volume: VolumeId, layer: SnapshotNumber) -> SnapshotNumber {
+        let replica = self.replicas.get(&volume);
+        replica.map_or(layer, |r| r.layers.canonical(layer))
+    }
+
     fn carry_out(&mut self, request: StoreRequest) -> Result<StoreReply, StoreError> {
         if self.poison {
             return Err(StoreError::DiskFailed);
         }
         match request {
+            StoreRequest::PutLayers { volume, layers } => {
+                self.put_layers(volume, layers).map(|()| StoreReply::Done)
+            }
             StoreRequest::Write { volume, write, .. } | StoreRequest::Repair { volume, write } => {
                 let data = write.data.concat().into();
                 let new = Stored {
@@ -377,6 +418,17 @@ impl FakeStore {
             StoreRequest::ListReplicas => Ok(StoreReply::Replicas(
                 self.replicas.values().cloned().collect(),
             )),
+            StoreRequest::LayerProgress => Ok(StoreReply::LayerProgress(
+                self.replicas
+                    .values()
+                    .filter(|r| r.layers.revision > 0)
+                    .map(|r| LayerProgress {
+                        volume: r.volume,
+                        revision: r.layers.revision,
+                        chunks_left: r.garbage_left,
+                    })
+                    .collect(),
+            )),
             StoreRequest::Stats => Ok(StoreReply::Stats(StoreStats::default())),
         }
     }
@@ -395,10 +447,12 @@ fn kind(request: &StoreRequest) -> &'static str {
         StoreRequest::PullApply { .. } => "pull apply",
         StoreRequest::PutFence { .. } => "fence",
         StoreRequest::PutDescriptor { .. } => "descriptor",
+        StoreRequest::PutLayers { .. } => "layers",
         StoreRequest::GetReplica { .. } => "get replica",
         StoreRequest::ClearSuspect { .. } => "clear suspect",
         StoreRequest::DropReplica { .. } => "drop",
         StoreRequest::ListReplicas => "list",
+        StoreRequest::LayerProgress => "layer progress",
         StoreRequest::Stats => "stats",
         StoreRequest::Shutdown => "shutdown",
     }
@@ -426,6 +480,7 @@ impl ChunkStore for FakeStore {
                         | StoreRequest::PullApply { .. }
                         | StoreRequest::PutFence { .. }
                         | StoreRequest::PutDescriptor { .. }
+                        | StoreRequest::PutLayers { .. }
                         | StoreRequest::Flush { .. }
                         | StoreRequest::DropReplica { .. }
                 );

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::engine::pull::{PULL_ANSWER_TIMEOUT, PULL_BUSY_DELAY, PULL_RECONNECT_DELAY};
+use ashlar_proto::layers::LayerList;
 use fake::Stored;
 
 const E: u64 = 10;
@@ -470,4 +471,75 @@ fn hostile_answers_end_the_pull_and_nothing_else() {
     pair.target.event(EngineEvent::PeerReply { peer, reply });
     assert_eq!(pair.progress().state, PullState::Failed);
     assert!(pair.target.engine.peers.is_empty());
+}
+
+fn list(revision: u64, settled: u32, live: &[u32]) -> LayerList {
+    LayerList {
+        revision,
+        settled: SnapshotNumber(settled),
+        live: live.iter().copied().map(SnapshotNumber).collect(),
+    }
+}
+
+fn layers_of(rig: &Rig) -> u64 {
+    rig.engine.store.replicas[&VOLUME].layers.revision
+}
+
+#[test]
+fn source_and_target_compare_under_the_newer_of_their_lists() {
+    // The source merged what the target has not, and the other way round.
+    for (at_source, at_target) in [(3, 0), (0, 3), (3, 2), (2, 3), (3, 3)] {
+        let mut pair = Pair::new();
+        pair.fill_source();
+        pair.target.store().blocks = pair.source.store().blocks.clone();
+        let lists = |revision| list(revision, 1, if revision == 2 { &[1] } else { &[] });
+        let source = pair.source.store();
+        source.put_layers(VOLUME, lists(at_source)).unwrap();
+        let target = pair.target.store();
+        target.put_layers(VOLUME, lists(at_target)).unwrap();
+        pair.start();
+        assert_eq!(pair.progress().state, PullState::Complete);
+        assert_eq!((layers_of(&pair.source), layers_of(&pair.target)), (3, 3));
+        assert_eq!(pair.data_reads, 0, "the contents are the same");
+        pair.assert_equal();
+    }
+}
+
+#[test]
+fn a_list_that_changes_anywhere_in_a_pull_leaves_both_equal() {
+    let mut changed_late = 0;
+    for messages in 1..70 {
+        let mut pair = Pair::new();
+        pair.fill_source();
+        let target = pair.target.store();
+        // Never acknowledged, in layers that are one with others before long.
+        target.put(VOLUME, at(2, 0, 900), Version::new(9, 1), 91);
+        target.put(VOLUME, at(2, 1, 901), Version::new(9, 2), 92);
+        target.put(VOLUME, at(5, 0, 7), Version::new(E, 9), 93);
+        pair.budget = messages;
+        pair.start();
+        if pair.progress().state == PullState::Complete {
+            break;
+        }
+        changed_late = messages;
+        let newer = list(5, 1, &[]);
+        let store = if messages % 2 == 0 {
+            pair.source.store()
+        } else {
+            pair.target.store()
+        };
+        store.put_layers(VOLUME, newer).unwrap();
+        pair.budget = usize::MAX;
+        for _ in 0..6 {
+            pair.pass(PULL_ANSWER_TIMEOUT);
+            pair.pass(PULL_RECONNECT_DELAY);
+        }
+        assert_eq!(pair.progress().state, PullState::Complete, "{messages}");
+        assert_eq!((layers_of(&pair.source), layers_of(&pair.target)), (5, 5));
+        // What was written since the rebuild began reaches the target only, here.
+        pair.target.store().blocks.remove(&(VOLUME, at(5, 1, 7)));
+        pair.source.store().blocks.remove(&(VOLUME, at(5, 1, 7)));
+        pair.assert_equal();
+    }
+    assert!(changed_late > 20, "{changed_late}");
 }

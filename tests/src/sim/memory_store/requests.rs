@@ -1,10 +1,12 @@
 //! What each request does to the contents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use ashlar_proto::descriptor::VolumeDescriptor;
 use ashlar_proto::ids::{
     BLOCKS_PER_CHUNK, ChunkIndex, DiskId, Epoch, ReplicaState, SnapshotNumber, Version, VolumeId,
 };
+use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::{
     BlockInfo, BlockState, ChunkDigest, ChunkDigestList, Cursor, Entries, Entry, Payload,
     ReadReply, WriteOutcome,
@@ -12,13 +14,36 @@ use ashlar_proto::wire::{
 use bytes::Bytes;
 use smallvec::smallvec;
 use storage_daemon::store::{
-    PullBlock, ReplicaInfo, StoreError, StoreReply, StoreRequest, StoreStats,
+    LayerProgress, PullBlock, ReplicaInfo, StoreError, StoreReply, StoreRequest, StoreStats,
 };
 
 use super::{BLOCK, Block, Media, PAGE_ENTRIES, Replica, at, chunk_range};
 
 impl Media {
-    pub(super) fn execute(&mut self, request: StoreRequest) -> Result<StoreReply, StoreError> {
+    /// The layer of a request under the replica's list (docs/snapshots.md, S7).
+    fn name_layers(&self, request: &mut StoreRequest) {
+        let name = |volume: &VolumeId, layer: &mut SnapshotNumber| {
+            if let Some(replica) = self.current.get(volume) {
+                *layer = replica.info.layers.canonical(*layer);
+            }
+        };
+        match request {
+            StoreRequest::Write { volume, write, .. } | StoreRequest::Repair { volume, write } => {
+                name(volume, &mut write.snapshot);
+            }
+            StoreRequest::Trim { volume, trim, .. } => name(volume, &mut trim.snapshot),
+            StoreRequest::Read { volume, read } => name(volume, &mut read.snapshot),
+            StoreRequest::PullApply { volume, blocks, .. } => {
+                for block in blocks {
+                    name(volume, &mut block.snapshot);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn execute(&mut self, mut request: StoreRequest) -> Result<StoreReply, StoreError> {
+        self.name_layers(&mut request);
         let disk = self.identity.disk;
         match request {
             StoreRequest::PutFence {
@@ -30,6 +55,15 @@ impl Media {
             StoreRequest::ListReplicas => {
                 let infos = self.current.values().map(|r| r.info.clone()).collect();
                 Ok(StoreReply::Replicas(infos))
+            }
+            StoreRequest::LayerProgress => {
+                let with_list = self.current.values().filter(|r| r.info.layers.revision > 0);
+                let progress = with_list.map(|r| LayerProgress {
+                    volume: r.info.volume,
+                    revision: r.info.layers.revision,
+                    chunks_left: 0,
+                });
+                Ok(StoreReply::LayerProgress(progress.collect()))
             }
             StoreRequest::Stats => Ok(StoreReply::Stats(StoreStats::default())),
             StoreRequest::Shutdown => Ok(StoreReply::Done),
@@ -52,7 +86,17 @@ impl Media {
                 {
                     replica.info.rebuild_epoch = Epoch(0);
                 }
-                replica.info.descriptor = Some(descriptor);
+                replica.put_layers(&descriptor.layers);
+                let layers = replica.info.layers.clone();
+                replica.info.descriptor = Some(VolumeDescriptor {
+                    layers,
+                    ..descriptor
+                });
+                Ok(StoreReply::Done)
+            }
+            StoreRequest::PutLayers { volume, layers } => {
+                layers.check().map_err(|e| StoreError::Invalid(e.0))?;
+                self.replica(volume)?.put_layers(&layers);
                 Ok(StoreReply::Done)
             }
             StoreRequest::Write {
@@ -133,9 +177,7 @@ impl Media {
             } => {
                 let replica = self.replica(volume)?;
                 replica.info.watermark = replica.info.watermark.max(watermark);
-                replica.blocks.retain(|_, block| {
-                    block.state != BlockState::Tombstone || block.version > forget_below
-                });
+                replica.forget(forget_below);
                 Ok(StoreReply::Done)
             }
             StoreRequest::PullApply {
@@ -285,6 +327,9 @@ impl Media {
                 pages: 0,
                 chunks: 0,
                 descriptor: None,
+                layers: LayerList::default(),
+                garbage_left: 0,
+                layer_bytes: Vec::new(),
             },
             blocks: BTreeMap::new(),
         });
@@ -380,6 +425,41 @@ impl Replica {
         self.info.highest = self.info.highest.max(version);
         self.info.written = true;
         outcome
+    }
+
+    /// Tombstones at or below go, unless an older layer has something beneath (R9).
+    fn forget(&mut self, below: Version) {
+        let mut hiding = BTreeSet::new();
+        self.blocks.retain(|at, block| {
+            let place = (at.chunk, at.block);
+            let forgotten = block.state == BlockState::Tombstone
+                && block.version <= below
+                && !hiding.contains(&place);
+            // Layers ascend within a chunk.
+            if !forgotten {
+                hiding.insert(place);
+            }
+            !forgotten
+        });
+    }
+
+    /// Like a store that has merged everything the moment it gets a list.
+    fn put_layers(&mut self, layers: &LayerList) {
+        if layers.revision <= self.info.layers.revision {
+            return;
+        }
+        self.info.layers = layers.clone();
+        if let Some(descriptor) = &mut self.info.descriptor {
+            descriptor.layers = layers.clone();
+        }
+        for (at, block) in std::mem::take(&mut self.blocks) {
+            let snapshot = layers.canonical(at.snapshot);
+            let at = Cursor { snapshot, ..at };
+            let old = self.blocks.get(&at);
+            if old.is_none_or(|old| old.version < block.version) {
+                self.blocks.insert(at, block);
+            }
+        }
     }
 
     fn list(
