@@ -295,7 +295,7 @@ impl Session {
                 first: range.first + index,
                 count: 1,
             },
-            snapshot: self.layer,
+            snapshot: self.read_number(),
             version: info.version,
             durable: false,
             checksums: Checksums::from_iter([info.checksum]),

@@ -26,6 +26,7 @@ pub(super) fn status_of(error: &StoreError) -> Status {
         StoreError::Invalid(_) => Status::Invalid,
         StoreError::Checksum => Status::Checksum,
         StoreError::UnknownVolume => Status::UnknownVolume,
+        StoreError::SnapshotGone => Status::WrongState,
         StoreError::Fenced(_) => Status::Fenced,
     }
 }

@@ -452,6 +452,9 @@ pub enum StoreError {
     /// No replica of this volume.
     #[error("no replica of this volume")]
     UnknownVolume,
+    /// A read of a snapshot that is deleted (docs/snapshots.md, S9).
+    #[error("the snapshot is deleted")]
+    SnapshotGone,
     /// PutFence or PutDescriptor with a lower epoch than the fence.
     #[error("fenced by epoch {}", .0.0)]
     Fenced(Epoch),

@@ -8,6 +8,7 @@
 
 use ashlar_proto::ids::{BlockRange, SnapshotNumber, Version};
 use ashlar_proto::layers::LayerList;
+use ashlar_proto::wire::{self, BlockState};
 use smallvec::SmallVec;
 
 use super::Store;
@@ -54,7 +55,6 @@ impl Store {
     pub(super) fn name_layers(&self, request: &mut StoreRequest) {
         let volume = match request {
             StoreRequest::Write { volume, .. }
-            | StoreRequest::Repair { volume, .. }
             | StoreRequest::Trim { volume, .. }
             | StoreRequest::PullApply { volume, .. } => *volume,
             _ => return,
@@ -64,13 +64,32 @@ impl Store {
         };
         let list = &replica.layers;
         match request {
-            StoreRequest::Write { write, .. } | StoreRequest::Repair { write, .. } => {
+            StoreRequest::Write { write, .. } => {
                 write.snapshot = list.canonical(write.snapshot);
             }
             StoreRequest::Trim { trim, .. } => trim.snapshot = list.canonical(trim.snapshot),
             StoreRequest::PullApply { blocks, .. } => name_pulled(list, blocks),
             _ => {}
         }
+    }
+
+    /// The canonical layer of the block that a read at a repair's number sees: that block is meant. `None`: there is
+    /// none (any more). Or sectors to read first.
+    pub(super) fn repaired_layer(
+        &mut self,
+        slot: u32,
+        write: &wire::Write,
+    ) -> Result<Option<SnapshotNumber>, u32> {
+        let key = BlockKey {
+            slot,
+            chunk: write.range.chunk.0,
+            layer: write.snapshot.0,
+            block: write.range.first,
+        };
+        let (found, layer) = self.find_at_or_below(key)?;
+        let known = found.state != BlockState::Absent;
+        let replica = self.index.by_slot(slot).filter(|_| known);
+        Ok(replica.map(|r| SnapshotNumber(r.canonical(layer))))
     }
 
     /// Layers below a canonical one that are one with it and may have something of a range.

@@ -62,7 +62,12 @@ impl Store {
             return Self::reply(out, p.tag, Err(StoreError::UnknownVolume));
         };
         let slot = replica.slot;
-        read.snapshot = replica.layers.canonical(read.snapshot);
+        let canonical = replica.layers.canonical(read.snapshot);
+        if canonical != read.snapshot && !read.exact_layer {
+            // Of a snapshot that is deleted: what it showed may be merged with what came later (S9).
+            return Self::reply(out, p.tag, Err(StoreError::SnapshotGone));
+        }
+        read.snapshot = canonical;
         if self.reads.len() >= READS_MAX {
             return Self::reply(out, p.tag, Err(StoreError::Busy));
         }

@@ -210,12 +210,22 @@ impl Store {
     }
 
     /// The block of the newest layer from the key's down to `floor` that has it, and of those that are one with that.
-    fn resolve_from(&mut self, key: BlockKey, mut floor: u32) -> Result<Resolved, u32> {
+    fn resolve_from(&mut self, key: BlockKey, floor: u32) -> Result<Resolved, u32> {
+        self.find_from(key, floor).map(|(found, _)| found)
+    }
+
+    /// The block that a read at the key's number sees, and the number of its layer.
+    pub(super) fn find_at_or_below(&mut self, key: BlockKey) -> Result<(Resolved, u32), u32> {
+        self.find_from(key, 0)
+    }
+
+    fn find_from(&mut self, key: BlockKey, mut floor: u32) -> Result<(Resolved, u32), u32> {
+        let nothing = Ok((ABSENT, key.layer));
         let Some(replica) = self.index.by_slot(key.slot) else {
-            return Ok(ABSENT);
+            return nothing;
         };
         let Some(chunk) = replica.chunks.get(&key.chunk) else {
-            return Ok(ABSENT);
+            return nothing;
         };
         let page = key.page().page;
         let mut places = Places {
@@ -224,7 +234,7 @@ impl Store {
             geometry: &self.geometry,
             home_highest: replica.home_highest,
         };
-        let mut best = ABSENT;
+        let (mut best, mut at) = (ABSENT, key.layer);
         // An erasure that is in flight hides a newer block: wait for it as well.
         let mut batch = 0;
         for layer in chunk.between(floor, key.layer).iter().rev() {
@@ -249,12 +259,12 @@ impl Store {
             let found = places.in_layer(layer, key.block, overlay)?;
             batch = batch.max(found.batch);
             if found.beats(&best) {
-                best = found;
+                (best, at) = (found, layer.number);
             }
             if absent && best.state != BlockState::Absent {
                 floor = floor.max(replica.oldest_of_class(layer.number));
             }
         }
-        Ok(Resolved { batch, ..best })
+        Ok((Resolved { batch, ..best }, at))
     }
 }

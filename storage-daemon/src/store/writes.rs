@@ -269,7 +269,31 @@ impl Store {
             return Stop::Refuse(StoreError::UnknownVolume);
         };
         let (slot, number) = (replica.slot, replica.header.replica);
-        if client && write.version <= replica.watermark {
+        let watermark = replica.watermark;
+        let named;
+        let write = if mode == Mode::Repair {
+            if write.range.count != 1 {
+                return Stop::Refuse(StoreError::Invalid("a repair is of one block"));
+            }
+            match self.repaired_layer(slot, write) {
+                Ok(None) => {
+                    let reply = StoreReply::Written(WriteOutcome::Superseded);
+                    Self::reply(out, tag, Ok(reply));
+                    return Stop::Done;
+                }
+                Ok(Some(snapshot)) => {
+                    named = wire::Write {
+                        snapshot,
+                        ..write.clone()
+                    };
+                    &named
+                }
+                Err(sectors) => return Stop::Sectors(SmallVec::from_iter([sectors])),
+            }
+        } else {
+            write
+        };
+        if client && write.version <= watermark {
             Self::reply(out, tag, Ok(StoreReply::Written(WriteOutcome::Superseded)));
             return Stop::Done;
         }
