@@ -383,7 +383,8 @@ fn a_hundred_layers_of_tombstones_become_one_range() {
 
 #[test]
 fn five_hundred_layers_cost_a_reader_no_look_at_sectors_that_cannot_have_the_block() {
-    let mut h = fresh(1);
+    let mut h = Harness::open(TestDisk::formatted(&options(48 << 20, 1 << 20)), 1, 1);
+    h.create(VOLUME, 1);
     let live: Vec<u32> = (1..=500).collect();
     h.put_layers(&list(1, 500, &live));
     for layer in 0..=500 {

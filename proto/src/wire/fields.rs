@@ -7,18 +7,18 @@ use bytes::{BufMut, Bytes, BytesMut};
 use smallvec::{SmallVec, smallvec};
 
 use super::codec::FrameError;
+use super::layer_list::{parse_layers, put_layers};
 use super::message::{
     BlockInfo, BlockState, Checksums, ChunkDigest, ChunkDigestList, ChunkDigests, Collect, Cursor,
     Digest, Entries, Entry, Fence, FenceReply, Flush, Hello, HelloReply, MAX_DATA_BLOCKS,
     MAX_ENTRIES, MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read, ReadReply,
     ReplyBody, RequestBody, Trim, Write, WriteOutcome,
 };
-use crate::descriptor::{DescriptorError, MAX_SNAPSHOTS, VolumeDescriptor};
+use crate::descriptor::{DescriptorError, VolumeDescriptor};
 use crate::ids::{
     BLOCK_SIZE, BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex,
     Incarnation, SnapshotNumber, Version,
 };
-use crate::layers::LayerList;
 
 /// Longest `host:port`, in bytes.
 const MAX_ADDRESS: usize = 300;
@@ -248,35 +248,6 @@ pub(super) fn put_request(body: &RequestBody, out: &mut BytesMut) {
         RequestBody::Ping => {}
         RequestBody::Layers(layers) => put_layers(layers, out),
     }
-}
-
-fn put_layers(layers: &LayerList, out: &mut BytesMut) {
-    assert!(layers.live.len() <= MAX_SNAPSHOTS, "too many snapshots");
-    out.put_u64_le(layers.revision);
-    out.put_u32_le(layers.settled.0);
-    out.put_u16_le(layers.live.len() as u16);
-    for snapshot in &layers.live {
-        out.put_u32_le(snapshot.0);
-    }
-}
-
-fn parse_layers(f: &mut Fields<'_>) -> Result<LayerList, FrameError> {
-    let revision = f.u64()?;
-    let settled = SnapshotNumber(f.u32()?);
-    let count = usize::from(f.u16()?);
-    if count > MAX_SNAPSHOTS {
-        return Err(FrameError::Bounds("number of snapshots"));
-    }
-    let live = f.take(count * 4)?.as_chunks::<4>().0.iter();
-    let layers = LayerList {
-        revision,
-        settled,
-        live: live
-            .map(|n| SnapshotNumber(u32::from_le_bytes(*n)))
-            .collect(),
-    };
-    layers.check().map_err(|e| FrameError::Bounds(e.0))?;
-    Ok(layers)
 }
 
 fn put_write(write: &Write, out: &mut BytesMut) {

@@ -4,6 +4,7 @@
 
 mod codec;
 mod fields;
+mod layer_list;
 mod message;
 
 pub use codec::{

@@ -363,7 +363,7 @@ mod tests {
         let mut b = vec![0; 4096];
         let chain = encode_batch(&mut b, &header, &records, 13);
         assert_eq!(&b[..8], b"ALOG\x01\x00\x01\x00");
-        assert_eq!(&b[12..20], &[6, 0, 0, 0, 11, 0, 0, 0]);
+        assert_eq!(&b[12..20], &[7, 0, 0, 0, 11, 0, 0, 0]);
         assert_eq!(
             &b[64..80],
             &[1, 0, 2, 0, 8, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0]
@@ -372,6 +372,8 @@ mod tests {
         // After two checksums, a redirect (68 more), a tombstone and an erasure.
         let bad = 64 + 4 * ENTRY_BYTES + 8 + 68;
         assert_eq!(&b[bad..bad + 8], &[6, 0, 1, 0, 6, 0, 0, 0]);
+        let unversioned = bad + ENTRY_BYTES;
+        assert_eq!(&b[unversioned..unversioned + 8], &[7, 0, 1, 0, 6, 0, 0, 0]);
         let (h, r) = decode_batch(&b, 13).unwrap();
         assert_eq!(
             (h.sequence, h.chain, h.total_bytes()),

@@ -476,7 +476,7 @@ impl Store {
         }
         self.log.free_to(burst.end);
         self.stats.write_backs += 1;
-        self.merge.stalled = false;
+        self.merge.wake();
         self.drain_queue(out);
     }
 

@@ -177,7 +177,6 @@ impl Store {
         }
         replica.layers = list;
         replica.find_garbage();
-        self.merge.any = true;
-        self.merge.stalled = false;
+        self.merge.wake();
     }
 }

@@ -15,8 +15,8 @@
 //! - Everything else goes through the log, in one batch: the blocks under their new name, with version, checksum
 //!   and state as they were, and their erasure under the old one. Write-back then frees the page.
 //! - A step needs no free page: what would need one waits until write-back has made a relabelling of it.
-//! - One step is under way at a time. It begins only while the log is at most half full and nobody waits for it;
-//!   while there are requests, a pause lies between steps.
+//! - One step is under way at a time. It begins only while the log is at most half full, or write-back has no
+//!   reason to make it emptier, and nobody waits for it; while there are requests, a pause lies between steps.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -101,15 +101,23 @@ pub(super) struct MergeState {
     /// Something was done since the search began at the first replica.
     progress: bool,
     /// There may be something to do.
-    pub(super) any: bool,
+    any: bool,
     /// Everything left waits for write-back.
-    pub(super) stalled: bool,
+    stalled: bool,
     rest_until: Option<Time>,
 }
 
 impl MergeState {
     pub(super) fn is_idle(&self) -> bool {
         self.step.is_none()
+    }
+
+    /// There may be something to do that was not there, or had to wait, when it was looked for last.
+    pub(super) fn wake(&mut self) {
+        self.any = true;
+        self.stalled = false;
+        // The search goes once around, wherever it is.
+        self.progress = true;
     }
 
     /// Home pages are being relabelled: no burst may begin.
@@ -150,7 +158,7 @@ impl Store {
             && self.merge.rest_until.is_none_or(|at| at <= self.now)
             && self.burst.is_idle()
             && self.queue.is_empty()
-            && self.log.used <= self.log.bytes / 2
+            && (self.log.used <= self.log.bytes / 2 || !self.idle_work())
             && self.index.pages.len() <= OVERLAY_PAGES_MAX
             && !self.admin.is_dropping()
     }

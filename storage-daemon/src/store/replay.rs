@@ -58,7 +58,7 @@ impl Store {
         for replica in self.index.replicas.iter_mut().flatten() {
             replica.find_garbage();
         }
-        self.merge.any = true;
+        self.merge.wake();
     }
 
     fn replay_record(

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_proto::ids::*;
 use ashlar_proto::layers::LayerList;
-use ashlar_proto::wire::BlockState;
+use ashlar_proto::wire::{self, BlockState};
 use storage_daemon::store::*;
 
 use super::*;
@@ -242,5 +242,57 @@ impl Volume {
             "{context}: block {at:?} of number {number} is {state:?} {version:?}, list {:?}, sent {:?}",
             self.list, block.layers
         );
+    }
+}
+
+impl Harness {
+    /// States and versions at a snapshot number, without a look at the contents.
+    pub fn states(&mut self, chunk: u32, count: u32, snapshot: u32) -> Vec<(BlockState, Version)> {
+        let r = self.read(chunk, 0, count, snapshot);
+        r.blocks.iter().map(|b| (b.state, b.version)).collect()
+    }
+
+    /// What `storage-daemon check` says of the disk at rest, which it must say.
+    pub fn check_disk(&self, context: &str) {
+        let report = storage_daemon::check::check_image(&self.disk.current[..], true);
+        assert!(report.sound(), "{context}: {:#?}", report.problems);
+        let stats = self.store.stats();
+        let pages = report.owned_pages + report.logged_pages;
+        assert_eq!(
+            pages * PAGE_SIZE as u64,
+            stats.used_bytes - stats.reserved_bytes,
+            "{context}: pages that leaked, or are free and owned: {report:?}"
+        );
+    }
+
+    pub fn put_layers(&mut self, layers: &LayerList) {
+        let layers = layers.clone();
+        let volume = VOLUME;
+        let r = self.call(StoreRequest::PutLayers { volume, layers });
+        assert_eq!(r, Ok(StoreReply::Done));
+    }
+
+    /// Every entry of a chunk, in order.
+    pub fn entries(&mut self, chunk: u32) -> Vec<wire::Entry> {
+        let chunk = ChunkIndex(chunk);
+        let mut from = wire::Cursor {
+            chunk,
+            ..wire::Cursor::default()
+        };
+        let mut all = Vec::new();
+        loop {
+            let digest = wire::Digest { chunk, from };
+            let volume = VOLUME;
+            match self.call(StoreRequest::Digest { volume, digest }) {
+                Ok(StoreReply::Entries(part)) => {
+                    all.extend(part.entries);
+                    match part.next {
+                        Some(next) => from = next,
+                        None => return all,
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }
