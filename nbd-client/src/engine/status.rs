@@ -2,9 +2,11 @@
 //!
 //! Invariants:
 //! - One answer covers at most [`CHUNKS_MAX`] chunks, so its cost is bounded; callers ask on.
-//! - The newest layer that knows a block decides: `Data` and `Bad` are allocated, tombstones are holes.
+//! - The highest version of a block decides (docs/snapshots.md, S9): `Data` and `Bad` are allocated, tombstones are holes.
 
-use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, ChunkIndex};
+use std::collections::BTreeMap;
+
+use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, ChunkIndex, Version};
 use ashlar_proto::wire::{BlockState, Cursor, Digest, Entries, RequestBody};
 
 use super::api::Extent;
@@ -25,6 +27,8 @@ pub(super) struct StatusMap {
     length: u64,
     first: u32,
     chunks: Vec<[u64; WORDS]>,
+    /// The versions that decided so far, of the chunks that have any.
+    versions: BTreeMap<u32, Box<[Version]>>,
 }
 
 impl StatusMap {
@@ -37,10 +41,17 @@ impl StatusMap {
             length: end - offset,
             first: first as u32,
             chunks: vec![[0; WORDS]; count as usize],
+            versions: BTreeMap::new(),
         }
     }
 
-    fn set(&mut self, chunk: u32, block: u16, allocated: bool) {
+    fn set(&mut self, chunk: u32, block: u16, version: Version, allocated: bool) {
+        let none = || vec![Version::ZERO; BLOCKS_PER_CHUNK as usize].into();
+        let versions = self.versions.entry(chunk).or_insert_with(none);
+        match versions.get_mut(block as usize) {
+            Some(known) if *known <= version => *known = version,
+            _ => return,
+        }
         let Some(map) = self
             .chunks
             .get_mut((chunk.wrapping_sub(self.first)) as usize)
@@ -125,7 +136,7 @@ impl Session {
         if let Some(OpKind::Status(map)) = self.ops.get_mut(op).map(|o| &mut o.kind) {
             for entry in entries.entries.iter().filter(|e| e.at.snapshot <= newest) {
                 let allocated = matches!(entry.state, BlockState::Data | BlockState::Bad);
-                map.set(chunk, entry.at.block, allocated);
+                map.set(chunk, entry.at.block, entry.version, allocated);
             }
         }
         match entries.next.filter(|next| next.chunk.0 == chunk) {

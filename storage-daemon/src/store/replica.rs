@@ -80,6 +80,11 @@ impl Layer {
         (self.pages.present | self.logged) & (1 << page) == 0 && self.tombstones.len() == 0
     }
 
+    /// The pages with blocks, or with entries of the overlay: a bit for each.
+    pub(super) fn occupied(&self) -> u64 {
+        self.pages.present | self.logged
+    }
+
     /// Whether the layer holds nothing, not even an entry of the overlay.
     pub(super) fn is_empty(&self) -> bool {
         self.pages.present | self.logged == 0 && self.tombstones.len() == 0

@@ -2,8 +2,10 @@
 //! below a number.
 //!
 //! Invariants:
-//! - Of layers that are one, the block of the highest version is the block; what is rotten without a known version
+//! - At or below a number the block of the highest version is the block, whatever its layer: until all replicas have
+//!   one list, an older block may bear a higher number (docs/snapshots.md, S9). What is rotten without a known version
 //!   counts as its layer's, that is above what lower layers have. So it does not matter how far merging is.
+//! - A layer with nothing above the version that was found is passed over without a look at its sectors.
 //! - A layer that cannot have the block costs a look at two bitmaps: neither a map nor a sector is asked.
 
 use ashlar_proto::ids::{BLOCK_SIZE, BLOCKS_PER_PAGE, PAGE_SIZE, Version};
@@ -209,7 +211,7 @@ impl Store {
         }
     }
 
-    /// The block of the newest layer from the key's down to `floor` that has it, and of those that are one with that.
+    /// The block of the highest version in the layers from the key's down to `floor`.
     fn resolve_from(&mut self, key: BlockKey, floor: u32) -> Result<Resolved, u32> {
         self.find_from(key, floor).map(|(found, _)| found)
     }
@@ -219,7 +221,7 @@ impl Store {
         self.find_from(key, 0)
     }
 
-    fn find_from(&mut self, key: BlockKey, mut floor: u32) -> Result<(Resolved, u32), u32> {
+    fn find_from(&mut self, key: BlockKey, floor: u32) -> Result<(Resolved, u32), u32> {
         let nothing = Ok((ABSENT, key.layer));
         let Some(replica) = self.index.by_slot(key.slot) else {
             return nothing;
@@ -260,9 +262,6 @@ impl Store {
             batch = batch.max(found.batch);
             if found.beats(&best) {
                 (best, at) = (found, layer.number);
-            }
-            if absent && best.state != BlockState::Absent {
-                floor = floor.max(replica.oldest_of_class(layer.number));
             }
         }
         Ok((Resolved { batch, ..best }, at))

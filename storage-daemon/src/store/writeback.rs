@@ -398,9 +398,15 @@ impl Store {
                 Epoch(0) => replica.forget_below,
                 _ => Version::ZERO,
             };
-            let lowest = replica.chunks.get(&chunk).and_then(|c| c.layers.first());
-            let oldest = lowest.is_some_and(|l| l.number == layer);
-            let keep = |e: &Extent| !(oldest && e.version <= below);
+            // Layers above count as well: until all replicas have one list, an older block may bear a higher number.
+            let layers = replica.chunks.get(&chunk).map(|c| &c.layers);
+            let others = layers.into_iter().flatten().filter(|l| l.number != layer);
+            let occupied = others.fold(0, |mask, l| mask | l.occupied());
+            let keep = |e: &Extent| {
+                let pages = e.first / BLOCKS_PER_PAGE as u16..=(e.end - 1) / BLOCKS_PER_PAGE as u16;
+                let alone = pages.into_iter().all(|page| occupied & (1 << page) == 0);
+                !(alone && e.version <= below)
+            };
             let Some(l) = replica.layer_mut(chunk, layer) else {
                 continue;
             };

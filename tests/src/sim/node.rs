@@ -91,6 +91,8 @@ pub struct Node {
     pub paused: BTreeMap<ConnectionId, VecDeque<Request>>,
     /// Connections that others opened.
     pub accepted: BTreeSet<NetId>,
+    /// Revision of the newest layer list that it said to keep.
+    pub layers: u64,
     /// What arrived while frozen.
     pub inbox: VecDeque<NetworkEvent<Frame>>,
     backend: Backend,
@@ -128,6 +130,7 @@ impl Node {
             peers: BTreeMap::new(),
             paused: BTreeMap::new(),
             accepted: BTreeSet::new(),
+            layers: 0,
             inbox: VecDeque::new(),
             backend,
             media: Rc::new(RefCell::new(Media::new(identity))),

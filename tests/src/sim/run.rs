@@ -196,7 +196,7 @@ fn settle(cluster: &mut Cluster) -> Result<(), String> {
             .values()
             .filter(|c| c.host != cluster.newest && c.lives())
             .count();
-        let redundant = cluster.metadata.fully_redundant();
+        let redundant = cluster.metadata.fully_redundant() && cluster.layers_are_known();
         if client.serving && client.in_flight.is_empty() && zombies == 0 && redundant {
             return Ok(());
         }

@@ -2,7 +2,7 @@
 
 use ashlar_platform::disk::DiskCompletion;
 use ashlar_platform::sim::{ConnectionId as NetId, End, HostId, NetworkEvent, NetworkEventKind};
-use storage_daemon::engine::{ConnectionId, EngineCommand, EngineEvent};
+use storage_daemon::engine::{AdminReply, AdminRequest, ConnectionId, EngineCommand, EngineEvent};
 
 use super::super::frame::Frame;
 use super::super::metadata;
@@ -164,6 +164,10 @@ impl Cluster {
                     self.net.close(self.now, net, End::Connector);
                 }
             }
+            EngineCommand::Admin {
+                tag,
+                reply: AdminReply::LayersKept,
+            } => node.layers = node.layers.max(tag),
             EngineCommand::Admin { .. } | EngineCommand::Stopped => {}
             EngineCommand::Ready(identity) => {
                 self.note(|| format!("n{number} ready {identity:?}"));
@@ -191,6 +195,25 @@ impl Cluster {
         self.engine(number, EngineEvent::Tick);
     }
 
+    /// What metadata answers to a heartbeat: a newer layer list (S6).
+    fn send_layers(&mut self, number: u32) {
+        let volume = self.metadata.volume();
+        let (tag, layers) = (volume.layers.revision, volume.layers.clone());
+        let request = AdminRequest::PutLayers {
+            volume: volume.id,
+            layers,
+        };
+        self.engine(number, EngineEvent::Admin { tag, request });
+    }
+
+    /// Whether every replica keeps the newest layer list.
+    pub(in crate::sim) fn layers_are_known(&self) -> bool {
+        let newest = self.metadata.volume().layers.revision;
+        let disks = self.metadata.volume().disks();
+        let mut nodes = disks.iter().map(|d| self.nodes.get(&metadata::node_of(*d)));
+        nodes.all(|n| n.is_some_and(|n| n.layers >= newest))
+    }
+
     pub(super) fn heartbeats(&mut self) {
         self.timer(HEARTBEAT_NS, Timer::Heartbeat);
         if self.metadata_down > 0 {
@@ -206,7 +229,12 @@ impl Cluster {
                 && !cut
                 && let Some(incarnation) = node.incarnation()
             {
+                let behind = node.layers < self.metadata.volume().layers.revision;
                 self.metadata.heartbeat(self.now, number, incarnation);
+                // Answers are late, or lost.
+                if behind && self.rng.chance(2, 3) {
+                    self.send_layers(number);
+                }
             }
         }
         if self.metadata.repair(self.now) {

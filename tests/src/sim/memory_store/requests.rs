@@ -28,11 +28,11 @@ impl Media {
             }
         };
         match request {
-            StoreRequest::Write { volume, write, .. } | StoreRequest::Repair { volume, write } => {
-                name(volume, &mut write.snapshot);
-            }
+            StoreRequest::Write { volume, write, .. } => name(volume, &mut write.snapshot),
             StoreRequest::Trim { volume, trim, .. } => name(volume, &mut trim.snapshot),
-            StoreRequest::Read { volume, read } => name(volume, &mut read.snapshot),
+            StoreRequest::Read { volume, read } if read.exact_layer => {
+                name(volume, &mut read.snapshot);
+            }
             StoreRequest::PullApply { volume, blocks, .. } => {
                 for block in blocks {
                     name(volume, &mut block.snapshot);
@@ -151,7 +151,11 @@ impl Media {
                 let data = whole(&write.data);
                 let replica = self.replica(volume)?;
                 for (i, block) in write.range.blocks().enumerate() {
-                    let cursor = at(write.range.chunk, write.snapshot, block);
+                    // The block that a read at this number sees.
+                    let Some(cursor) = replica.newest(at(write.range.chunk, write.snapshot, block))
+                    else {
+                        continue;
+                    };
                     let old = replica
                         .blocks
                         .get(&cursor)
@@ -198,20 +202,21 @@ impl Media {
         match request {
             StoreRequest::Read { volume, read } => {
                 let replica = self.replica(volume)?;
+                if !read.exact_layer
+                    && replica.info.layers.canonical(read.snapshot) != read.snapshot
+                {
+                    return Err(StoreError::SnapshotGone);
+                }
                 let mut blocks = smallvec![];
                 let mut data = Payload::new();
                 for block in read.range.blocks() {
                     let high = at(read.range.chunk, read.snapshot, block);
-                    let layers = (0..=read.snapshot.0).rev().map(SnapshotNumber);
-                    let mut found = layers
-                        .take(if read.exact_layer { 1 } else { usize::MAX })
-                        .filter_map(|s| {
-                            replica.blocks.get(&Cursor {
-                                snapshot: s,
-                                ..high
-                            })
-                        });
-                    let Some(block) = found.next() else {
+                    let found = if read.exact_layer {
+                        Some(high)
+                    } else {
+                        replica.newest(high)
+                    };
+                    let Some(block) = found.and_then(|at| replica.blocks.get(&at)) else {
                         blocks.push(BlockInfo {
                             state: BlockState::Absent,
                             version: Version::ZERO,
@@ -404,6 +409,16 @@ impl Media {
 }
 
 impl Replica {
+    /// Where the block is that a read at a number sees.
+    fn newest(&self, high: Cursor) -> Option<Cursor> {
+        let chunk = at(high.chunk, SnapshotNumber(0), 0)..=at(high.chunk, high.snapshot, u16::MAX);
+        let (top, _) = self.blocks.range(chunk).next_back()?;
+        let layers = (0..=top.snapshot.0).map(SnapshotNumber);
+        let cursors = layers.map(|snapshot| Cursor { snapshot, ..high });
+        let found = cursors.filter_map(|at| self.blocks.get(&at).map(|b| (b.version, at)));
+        found.max().map(|(_, at)| at)
+    }
+
     fn write(
         &mut self,
         blocks: impl Iterator<Item = (Cursor, Block)>,
@@ -429,17 +444,14 @@ impl Replica {
 
     /// Tombstones at or below go, unless an older layer has something beneath (R9).
     fn forget(&mut self, below: Version) {
-        let mut hiding = BTreeSet::new();
+        // What a tombstone hides may lie in any other layer.
+        let data = self.blocks.iter();
+        let data = data.filter(|(_, b)| b.state != BlockState::Tombstone);
+        let places: BTreeSet<_> = data.map(|(at, _)| (at.chunk, at.block)).collect();
         self.blocks.retain(|at, block| {
-            let place = (at.chunk, at.block);
-            let forgotten = block.state == BlockState::Tombstone
-                && block.version <= below
-                && !hiding.contains(&place);
-            // Layers ascend within a chunk.
-            if !forgotten {
-                hiding.insert(place);
-            }
-            !forgotten
+            block.state != BlockState::Tombstone
+                || block.version > below
+                || places.contains(&(at.chunk, at.block))
         });
     }
 
