@@ -80,10 +80,14 @@ impl Store {
         slot: u32,
         write: &wire::Write,
     ) -> Result<Option<SnapshotNumber>, u32> {
+        let number = write.snapshot.0;
         let key = BlockKey {
             slot,
             chunk: write.range.chunk.0,
-            layer: write.snapshot.0,
+            layer: self
+                .index
+                .by_slot(slot)
+                .map_or(number, |r| r.canonical(number)),
             block: write.range.first,
         };
         let (found, layer) = self.find_at_or_below(key)?;

@@ -228,13 +228,16 @@ impl Volume {
         let flushed = visible.clone().filter(|s| s.2).max_by_key(|s| s.0);
         let floor = flushed.map_or(Version::ZERO, |s| s.0);
         let mut candidates = visible.filter(|s| s.0 >= floor);
+        let mut candidates_again = candidates.clone();
+        let mut forgotten = || candidates_again.any(|s| !s.1 && s.0 <= self.forgotten);
         let ok = match state {
             BlockState::Data => candidates.any(|s| (s.0, s.1) == (version, true)),
-            BlockState::Tombstone => candidates.any(|s| (s.0, s.1) == (version, false)),
-            // Never written, or a forgotten tombstone.
-            BlockState::Absent => {
-                flushed.is_none() || candidates.any(|s| !s.1 && s.0 <= self.forgotten)
+            // Or an older one, that of a lower layer, is not forgotten yet.
+            BlockState::Tombstone => {
+                candidates.any(|s| (s.0, s.1) == (version, false)) || forgotten()
             }
+            // Never written, or a forgotten tombstone.
+            BlockState::Absent => flushed.is_none() || forgotten(),
             BlockState::Bad => false,
         };
         assert!(
