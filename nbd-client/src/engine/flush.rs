@@ -181,6 +181,7 @@ impl Session {
 
     fn end_flush(&mut self) {
         let Some(run) = self.flush.take() else { return };
+        self.flushed = run.number;
         self.confirmed = self.confirmed.max(run.watermark);
         while self.retained_base < run.mark {
             self.retained_base += 1;

@@ -125,6 +125,8 @@ pub struct Session {
     // Flush.
     pub(super) flush: Option<FlushRun>,
     pub(super) flush_number: u64,
+    /// Number of the last flush that ended.
+    pub(super) flushed: u64,
     pub(super) flush_waiters: Vec<u64>,
     pub(super) rhythm: Rhythm,
     /// Something was acknowledged since the last flush began, and is not durable by itself.
@@ -186,6 +188,7 @@ impl Session {
             zeroes: Bytes::from_static(&[0; ashlar_proto::ids::BLOCK_SIZE]),
             flush: None,
             flush_number: 0,
+            flushed: 0,
             flush_waiters: Vec::new(),
             rhythm: Rhythm::default(),
             dirty: false,

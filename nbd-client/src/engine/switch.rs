@@ -29,7 +29,7 @@ enum State {
     #[default]
     Idle,
     Draining,
-    /// The flush with this number, or a later one, is waited for.
+    /// The flush with this number is waited for.
     Flushing(u64),
     Holding,
 }
@@ -101,17 +101,13 @@ impl Session {
             // One that is under way may have begun before the last acknowledgement.
             let after = self.flush_number + 1;
             self.switch.state = State::Flushing(after);
-            if self.flush.is_none() {
-                self.start_flush();
-            }
         }
-        if let State::Flushing(number) = self.switch.state
-            && self.flush.is_none()
-        {
-            if self.flush_number < number {
+        if let State::Flushing(number) = self.switch.state {
+            if self.flush.is_none() && self.flush_number < number {
                 self.start_flush();
             }
-            if self.flush.is_none() {
+            // Clients that flush all the time may have begun the next one already.
+            if self.flushed >= number {
                 self.switch.state = State::Holding;
                 self.layer = self.switch.number;
                 self.stats.switches += 1;

@@ -82,6 +82,30 @@ fn writes_are_held_drained_and_flushed_before_the_report_and_carry_the_number_af
     }
 }
 
+/// One flush is always under way, and another one waits for it.
+#[test]
+fn clients_that_flush_all_the_time_do_not_keep_it_from_switching() {
+    let mut w = World::new(8, 3, 1, 2);
+    let c = w.open(|_| {});
+    w.write(c, 0, 8, false);
+    w.run_for(ms(20));
+    let mut tags = [0; 3].map(|_| w.submit(c, ClientOp::Flush));
+    assert!(w.clients[c].pending.len() == 3, "none is spared");
+    w.reserve();
+    let limit = w.now + 1000 * MS;
+    while w.held.is_empty() {
+        for tag in &mut tags {
+            if w.clients[c].answers.contains_key(tag) {
+                *tag = w.submit(c, ClientOp::Flush);
+            }
+        }
+        assert!(w.advance(limit), "not held within a second");
+    }
+    w.settle(true);
+    let tag = w.write(c, 0, 8, false);
+    assert_eq!(w.answer(c, tag), DONE);
+}
+
 #[test]
 fn nothing_is_held_for_longer_than_the_hold_time() {
     let mut w = World::new(3, 3, 1, 2);
