@@ -9,6 +9,7 @@ mod metadata;
 mod oracle;
 mod random;
 mod readers;
+mod requests;
 mod scenarios;
 mod snapshots;
 mod world;

@@ -10,8 +10,7 @@ use ashlar_proto::ids::{
     ClientId, DiskId, Epoch, Incarnation, NodeId, ReplicaState, SnapshotNumber, VolumeId,
 };
 use ashlar_proto::volume::{DiskEndpoint, ReplicaView, VolumeView};
-use ashlar_proto::wire::{Payload, Reply, Request, RequestBody};
-use bytes::Bytes;
+use ashlar_proto::wire::{Reply, Request, RequestBody};
 
 use super::Random;
 use super::fake_disk::{Cell, FakeDisk, Place};
@@ -140,7 +139,7 @@ pub(super) struct World {
     pub(super) broken_below: Vec<u64>,
     /// Clients that get no connection to a disk.
     pub(super) unreachable: BTreeSet<(usize, usize)>,
-    tag: u64,
+    pub(super) tag: u64,
     /// Longest delay of a message, in microseconds.
     pub(super) delay_us_max: u64,
     pub(super) changes: u64,
@@ -356,40 +355,6 @@ impl World {
             SessionCommand::Resized { .. } => {}
             SessionCommand::Stopped { reason } => self.clients[client].stopped = Some(reason),
         }
-    }
-
-    /// Hands a session a request; returns its tag.
-    pub(super) fn submit(&mut self, client: usize, op: ClientOp) -> u64 {
-        self.tag += 1;
-        let tag = self.tag;
-        self.oracle.invoked(tag, client, self.now, &op);
-        self.clients[client].pending.insert(tag, op.clone());
-        self.feed(client, SessionEvent::Client(ClientRequest { tag, op }));
-        tag
-    }
-
-    /// A write of sectors (512 bytes), each holding a stamp that is unique to this write.
-    pub(super) fn write(&mut self, client: usize, sector: u64, count: u64, fua: bool) -> u64 {
-        let stamp = self.tag + 1;
-        let mut bytes = vec![0u8; count as usize * 512];
-        for chunk in bytes.chunks_mut(512) {
-            chunk[..8].copy_from_slice(&stamp.to_le_bytes());
-            chunk[504..].copy_from_slice(&stamp.to_le_bytes());
-        }
-        let data = Payload::from_iter([Bytes::from(bytes)]);
-        self.submit(
-            client,
-            ClientOp::Write {
-                offset: sector * 512,
-                data,
-                fua,
-            },
-        )
-    }
-
-    pub(super) fn read(&mut self, client: usize, sector: u64, count: u64) -> u64 {
-        let (offset, length) = (sector * 512, count as u32 * 512);
-        self.submit(client, ClientOp::Read { offset, length })
     }
 
     /// The next event; false: none before `until`.
