@@ -8,8 +8,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use std::time::Duration;
+
 use crate::descriptor::MAX_SNAPSHOTS;
 use crate::ids::SnapshotNumber;
+
+/// Longest time that a holder holds its writes for a snapshot, from when it first saw the number (S2).
+pub const HOLD_TIME: Duration = Duration::from_secs(2);
+/// The leader commits only what was reported within this time after it proposed the reservation (S3).
+pub const REPORT_TIME: Duration = Duration::from_millis(HOLD_TIME.as_millis() as u64 / 2);
 
 /// See the module. The default is that of a volume that never had a snapshot.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]

@@ -5,10 +5,9 @@
 //!   proposed, by this machine's clock (which goes on while it sleeps).
 //! - A call that ends in any other way leaves nothing pending for long: it cancels, or `snapshot_loop` does.
 
-use std::time::Duration;
-
 use ashlar_platform::clock::{self, Time};
 use ashlar_proto::ids::{ClientId, Epoch, SnapshotGroupId, SnapshotId, SnapshotNumber};
+use ashlar_proto::layers::REPORT_TIME;
 use ashlar_proto::rpc::metadata as pb;
 use tokio::sync::broadcast;
 use tonic::{Code, Status};
@@ -24,10 +23,6 @@ use crate::model::{
 };
 use crate::raft::state_machine::Changes;
 
-/// Writers hold for this long after they saw a pending number (S2).
-const HOLD_MS: u64 = 2000;
-/// The part of it in which every report has to come (S3).
-const HELD_DEADLINE: Duration = Duration::from_millis(HOLD_MS / 2);
 /// Snapshots of one page.
 const PAGE_MAX: u32 = 1000;
 /// Volumes named in a message.
@@ -127,7 +122,7 @@ impl Member {
             reported.as_mut().enable();
             let progress = self.progress(ids);
             let passed = clock::now().since(began);
-            let in_time = passed < HELD_DEADLINE;
+            let in_time = passed < REPORT_TIME;
             match progress {
                 Progress::Held(commits) if in_time => return Ok(commits),
                 Progress::Held(_) => {
@@ -154,7 +149,7 @@ impl Member {
                         return Err("this member stops; try again".to_owned());
                     }
                 }
-                () = tokio::time::sleep(HELD_DEADLINE.saturating_sub(passed)) => {}
+                () = tokio::time::sleep(REPORT_TIME.saturating_sub(passed)) => {}
             }
         }
     }

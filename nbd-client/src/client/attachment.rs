@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ashlar_platform::random;
 use ashlar_proto::ids::{ClientId, ClusterId, DiskId, NodeId, VolumeId};
+use ashlar_proto::layers::REPORT_TIME;
 use ashlar_proto::rpc::metadata as pb;
 use ashlar_proto::volume::VolumeView;
 use tonic::{Code, Status};
@@ -17,7 +18,7 @@ use tonic::{Code, Status};
 use super::messages::ToWorker;
 use super::metadata::Members;
 use super::worker_handle::WorkerSender;
-use crate::engine::{HOLD_TIME, MetadataRequest, SessionEvent};
+use crate::engine::{MetadataRequest, SessionEvent};
 
 /// Pause before a watch is opened again.
 const WATCH_PAUSE: Duration = Duration::from_millis(100);
@@ -155,7 +156,7 @@ impl Volume {
                     let request = request.clone();
                     async move { c.report_held(request).await }
                 });
-                match tokio::time::timeout(HOLD_TIME / 2, report).await {
+                match tokio::time::timeout(REPORT_TIME, report).await {
                     Ok(Ok(_)) => {}
                     Ok(Err(status)) => {
                         tracing::info!(volume = self.name, %status, "a snapshot is not waited for any more");

@@ -18,8 +18,9 @@ use std::collections::VecDeque;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::SnapshotNumber;
+use ashlar_proto::layers::HOLD_TIME;
 
-use super::api::{ClientOp, ClientRequest, HOLD_TIME, MetadataRequest, SessionCommand};
+use super::api::{ClientOp, ClientRequest, MetadataRequest, SessionCommand};
 use super::op::OpKind;
 use super::reader::Role;
 use super::session::{Phase, Session};

@@ -11,6 +11,7 @@ use ashlar_proto::ids::{
     BLOCK_SIZE, BLOCKS_PER_CHUNK, BlockRange, ChunkIndex, ClientId, Epoch, ReplicaState,
     SnapshotId, SnapshotNumber,
 };
+use ashlar_proto::layers::REPORT_TIME;
 use ashlar_proto::wire::{BlockState, Read, ReplyBody, RequestBody};
 use metadata_raft::model::{CommitSnapshot, NewSnapshot, Operation, ReserveSnapshots};
 
@@ -18,10 +19,9 @@ use super::cluster::{Cluster, Timer};
 use super::history::{Kind, Outcome, SECTORS_PER_BLOCK, Value, decode};
 use super::metadata::{Metadata, VOLUME, node_of};
 use super::run::ask;
-use super::schedule::MS;
 
 /// Half the hold time: later reports are worth nothing (S3).
-const REPORT_WITHIN_NS: u64 = 1_000 * MS;
+const REPORT_WITHIN_NS: u64 = REPORT_TIME.as_nanos() as u64;
 /// Blocks of one read.
 const READ_BLOCKS: u16 = 64;
 
