@@ -416,6 +416,12 @@ impl Session {
         }
         self.request_void(peer, purpose);
         match (status, purpose) {
+            (Status::WrongState, Purpose::Read { .. } | Purpose::Digest { .. })
+                if self.config.snapshot.is_some() =>
+            {
+                // Deleted, most likely (S9): metadata knows.
+                self.fenced_above(peer);
+            }
             (Status::Fenced, _) if fence > self.epoch => self.fenced_above(peer),
             (Status::Fenced, Purpose::Probe) => self.reprobe(peer),
             (Status::Fenced, _) => self.resume_peer(peer),
