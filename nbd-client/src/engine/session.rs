@@ -543,6 +543,7 @@ fn empty_view(config: &SessionConfig) -> VolumeView {
         snapshot: Default::default(),
         snapshot_pending: false,
         layers: Default::default(),
+        parent: None,
         revision: 0,
         disks: Default::default(),
     }

@@ -25,8 +25,8 @@ pub(super) fn status_of(error: &StoreError) -> Status {
         | StoreError::TooSmall(_) => Status::DiskFailed,
         StoreError::Invalid(_) => Status::Invalid,
         StoreError::Checksum => Status::Checksum,
-        StoreError::UnknownVolume => Status::UnknownVolume,
-        StoreError::SnapshotGone => Status::WrongState,
+        StoreError::UnknownVolume | StoreError::NoParent => Status::UnknownVolume,
+        StoreError::SnapshotGone | StoreError::HasClones => Status::WrongState,
         StoreError::Fenced(_) => Status::Fenced,
     }
 }

@@ -244,6 +244,8 @@ pub enum StoreRequest {
         create: bool,
         /// Not 0: rebuild target of this epoch. 0 leaves it as it is.
         rebuild_epoch: Epoch,
+        /// C3: what a replica that is created is linked to.
+        link: Option<wire::FenceLink>,
     },
     /// R0: store the configuration durably, and fence at its epoch. A descriptor of a lower epoch than
     /// the stored one is refused. Of its layer list and the replica's the one of the higher revision stays.
@@ -452,6 +454,12 @@ pub enum StoreError {
     /// No replica of this volume.
     #[error("no replica of this volume")]
     UnknownVolume,
+    /// A replica of a clone without its parent's on this disk (docs/snapshots.md, C3).
+    #[error("the parent volume has no replica on this disk")]
+    NoParent,
+    /// DropReplica of what clones on this disk inherit from (C6).
+    #[error("clones on this disk need the replica; flatten them, or delete them")]
+    HasClones,
     /// A read of a snapshot that is deleted (docs/snapshots.md, S9).
     #[error("the snapshot is deleted")]
     SnapshotGone,

@@ -24,6 +24,7 @@ mod allocator;
 mod api;
 mod burst;
 mod cache;
+mod clones;
 mod descriptors;
 mod discard;
 mod index;

@@ -366,6 +366,7 @@ impl FakeStore {
                 epoch,
                 create,
                 rebuild_epoch,
+                ..
             } => {
                 let existed = self.replicas.contains_key(&volume);
                 if !existed && !create {
