@@ -23,8 +23,6 @@ pub const LEASE: Duration = Duration::from_secs(2);
 pub const LEASE_DRIFT_MARGIN: Duration = Duration::from_millis(200);
 /// A replica that answers nothing for this long while a request is outstanding has failed.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(1200);
-/// Longest time that writes are held for a snapshot, from when its number was first seen (docs/snapshots.md, S2).
-pub const HOLD_TIME: Duration = Duration::from_secs(2);
 /// Largest client request, in bytes.
 pub const REQUEST_BYTES_MAX: u64 = 32 * 1024 * 1024;
 

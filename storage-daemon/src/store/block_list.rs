@@ -47,9 +47,7 @@ fn is_hole(found: &Resolved) -> bool {
 fn differ(newer: &Resolved, older: &Resolved) -> bool {
     match (is_hole(newer), is_hole(older)) {
         (true, true) => false,
-        (false, false) => {
-            newer.version != older.version || newer.unversioned || older.unversioned
-        }
+        (false, false) => newer.version != older.version || newer.unversioned || older.unversioned,
         _ => true,
     }
 }
@@ -84,6 +82,9 @@ impl Span {
 impl Store {
     pub(super) fn list_blocks(&mut self, volume: VolumeId, order: &BlockListOrder) -> Listed {
         let replica = self.index.replica(volume);
+        // What is damaged is as good as nothing.
+        let damage = self.superblock.damage_incarnation;
+        let replica = replica.filter(|r| r.header.sound >= damage);
         let replica = replica.ok_or(Stop::Refuse(StoreError::UnknownVolume))?;
         let span = Span::of(order, replica).map_err(Stop::Refuse)?;
         let group = (order.group.0, order.group_count);
@@ -145,11 +146,7 @@ impl Store {
                 }
             }
         }
-        if need.is_empty() {
-            Ok(runs)
-        } else {
-            Err(need)
-        }
+        if need.is_empty() { Ok(runs) } else { Err(need) }
     }
 
     /// Whether a changed block has data; `None` if it did not change.
