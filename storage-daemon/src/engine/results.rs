@@ -91,6 +91,10 @@ impl<S: ChunkStore> DiskEngine<S> {
                 };
                 out.push(EngineCommand::Admin { tag, reply });
             }
+            Work::Blocks { tag, volume, epoch } => {
+                let reply = self.blocks_listed(volume, epoch, result);
+                out.push(EngineCommand::Admin { tag, reply });
+            }
             Work::Drop { tag, volume } => {
                 let reply = match result {
                     Ok(_) | Err(StoreError::UnknownVolume) => {

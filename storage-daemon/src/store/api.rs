@@ -21,7 +21,8 @@ use std::time::Duration;
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
 use ashlar_proto::descriptor::VolumeDescriptor;
 use ashlar_proto::ids::{
-    ChunkIndex, ClusterId, DiskId, Epoch, Incarnation, SnapshotNumber, Version, VolumeId,
+    BlockRange, ChunkIndex, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, SnapshotNumber,
+    Version, VolumeId,
 };
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire;
@@ -156,6 +157,39 @@ pub struct StoreIdentity {
     pub bad_blocks: u64,
 }
 
+/// What [`StoreRequest::ListBlocks`] lists.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockListOrder {
+    /// Only chunks of this group...
+    pub group: GroupIndex,
+    /// ...of so many.
+    pub group_count: u32,
+    /// The snapshot; [`SnapshotNumber::HEAD`]: what the volume shows now.
+    pub snapshot: SnapshotNumber,
+    /// An older snapshot to compare with; `None`: every block with data is listed.
+    pub base: Option<SnapshotNumber>,
+    /// First chunk.
+    pub from: ChunkIndex,
+}
+
+/// Neighbouring blocks of one kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockRun {
+    /// Where.
+    pub range: BlockRange,
+    /// They have data; false: they read as zeroes and did not in the base.
+    pub data: bool,
+}
+
+/// A part of a list.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct BlockRuns {
+    /// Ascending.
+    pub runs: Vec<BlockRun>,
+    /// Where the next part begins; `None`: this was the last.
+    pub next: Option<ChunkIndex>,
+}
+
 /// A request to a store.
 #[derive(Clone, Debug)]
 pub enum StoreRequest {
@@ -214,6 +248,13 @@ pub enum StoreRequest {
         volume: VolumeId,
         /// What to list.
         digests: wire::ChunkDigests,
+    },
+    /// S10: blocks that a snapshot shows data in, or that differ from an older one's.
+    ListBlocks {
+        /// The volume.
+        volume: VolumeId,
+        /// What to list.
+        order: BlockListOrder,
     },
     /// R8: as Write, but also applied at equal version, and over bad blocks of unknown version.
     Repair {
@@ -320,6 +361,8 @@ pub enum StoreReply {
     Entries(wire::Entries),
     /// To ChunkDigests.
     ChunkDigests(wire::ChunkDigestList),
+    /// To ListBlocks.
+    Blocks(BlockRuns),
     /// To PullApply: how many blocks changed.
     Pulled {
         /// Blocks written or removed.

@@ -22,9 +22,9 @@ use super::{Parked, Store};
 const CHUNKS_PER_PART: usize = 64;
 
 /// What a listing found: an answer, or sectors to read first.
-type Listed = Result<StoreReply, Stop>;
+pub(super) type Listed = Result<StoreReply, Stop>;
 
-enum Stop {
+pub(super) enum Stop {
     Refuse(StoreError),
     Sectors(SmallVec<[u32; 8]>),
 }
@@ -66,6 +66,10 @@ impl Store {
                 let (volume, d) = (*volume, *digests);
                 self.list_digests(volume, (d.group.0, d.group_count), d.from.0)
             }
+            StoreRequest::ListBlocks { volume, order } => {
+                let (volume, order) = (*volume, *order);
+                self.list_blocks(volume, &order)
+            }
             _ => Err(Stop::Refuse(StoreError::Invalid("not a listing"))),
         };
         match listed {
@@ -93,7 +97,7 @@ impl Store {
     }
 
     /// Chunks of a group from `from` on that may have something above `above`.
-    fn chunks_of(
+    pub(super) fn chunks_of(
         &self,
         volume: VolumeId,
         group: (u32, u32),
