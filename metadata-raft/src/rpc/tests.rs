@@ -14,6 +14,7 @@ use super::{Options, Running};
 use crate::raft::config::Tuning;
 use crate::raft::network::channel;
 
+mod clones;
 mod observed;
 mod publications;
 mod snapshots;

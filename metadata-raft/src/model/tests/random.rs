@@ -24,6 +24,15 @@ enum Step {
     Settle(bool, bool),
     DropSnapshot(u8),
     Forget,
+    /// A clone of a snapshot, of the volume or of a clone.
+    Clone(u8, u8),
+    /// A snapshot of a clone; and its commit.
+    OfClone(u8, u8),
+    DropClone(u8),
+    Cut(u8),
+    Flatten(u8),
+    Revert(u8),
+    EndRevert,
     Retry,
 }
 
@@ -45,6 +54,13 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (prop::bool::weighted(0.8), prop::bool::weighted(0.9)).prop_map(|(c, r)| Step::Settle(c, r)),
         2 => (0..6_u8).prop_map(Step::DropSnapshot),
         1 => Just(Step::Forget),
+        3 => (0..4_u8, 0..6_u8).prop_map(|(c, s)| Step::Clone(c, s)),
+        2 => (0..4_u8, 0..6_u8).prop_map(|(c, s)| Step::OfClone(c, s)),
+        2 => (0..4_u8).prop_map(Step::DropClone),
+        1 => (0..4_u8).prop_map(Step::Cut),
+        1 => (0..4_u8).prop_map(Step::Flatten),
+        1 => (0..6_u8).prop_map(Step::Revert),
+        1 => Just(Step::EndRevert),
         2 => Just(Step::Retry),
     ]
 }
@@ -59,7 +75,63 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
         }
     };
     Some(match step {
-        Step::Open(c, force) => publications::open_on(*c, NodeId(id16(*c)), *force),
+        Step::Open(c, force) => {
+            let open = publications::open_on(*c, NodeId(id16(*c)), *force);
+            let reverting = m.state.volume(VOLUME).and_then(|v| v.reverting);
+            match open {
+                Operation::OpenVolume(open) if reverting.is_some() => Operation::OpenToRevert(open),
+                open => open,
+            }
+        }
+        Step::Clone(c, s) => {
+            let source = m.state.snapshots().by_name(&format!("s{s}"))?;
+            // An identity is not used twice.
+            let fresh = CloneVolume {
+                volume: VolumeId(m.next.to_be_bytes()),
+                ..clones::clone_as(*c, source.id)
+            };
+            Operation::CloneVolume(CloneVolume {
+                size_bytes: source.size_bytes,
+                ..fresh
+            })
+        }
+        Step::OfClone(c, s) => {
+            let clone = m.state.volume_by_name(&format!("c{c}"))?;
+            match snapshots::reserve_as(snapshot_id(m.next), &format!("s{s}")) {
+                Operation::ReserveSnapshots(mut reserve) => {
+                    reserve.snapshots[0].volume = clone.id;
+                    if *c == 0 {
+                        Operation::ReserveForClone(reserve)
+                    } else {
+                        Operation::ReserveSnapshots(reserve)
+                    }
+                }
+                other => other,
+            }
+        }
+        Step::DropClone(c) => Operation::DeleteVolume(m.state.volume_by_name(&format!("c{c}"))?.id),
+        Step::Cut(n) => {
+            let clone = m.state.clones().nth(usize::from(*n))?;
+            let parent = m.state.volume(clone)?.parent?;
+            Operation::CutParent {
+                volume: clone,
+                parent,
+            }
+        }
+        Step::Flatten(c) => Operation::FlattenVolume(m.state.volume_by_name(&format!("c{c}"))?.id),
+        Step::Revert(n) => Operation::BeginRevert {
+            volume: VOLUME,
+            snapshot: m.state.snapshots().by_name(&format!("s{n}"))?.id,
+        },
+        Step::EndRevert => {
+            let volume = m.state.volume(VOLUME)?;
+            Operation::EndRevert {
+                volume: VOLUME,
+                snapshot: volume.reverting?,
+                client: volume.holder.as_ref()?.client,
+                epoch: volume.epoch,
+            }
+        }
         Step::Join(c, n) => readers::join(*c, *n),
         Step::Publish(n, true) => publications::publish(&format!("node-{n}"), AttachMode::ReadOnly),
         Step::Publish(n, false) => {
@@ -89,7 +161,8 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
         Step::Settle(commits, right) => {
             let pending = m.state.snapshots().pending().next()?;
             if *commits {
-                let volume = m.state.volume(VOLUME)?;
+                let of = m.state.snapshots().get(pending)?.volume;
+                let volume = m.state.volume(of)?;
                 let holder = volume.holder.as_ref().map(|h| (h.client, volume.epoch));
                 Operation::CommitSnapshots(vec![CommitSnapshot {
                     snapshot: pending,
@@ -191,5 +264,6 @@ proptest! {
         let restored = State::read_image(&mut image.as_slice()).unwrap();
         prop_assert_eq!(restored.disk_use, m.state.disk_use);
         prop_assert_eq!(restored.snapshots, m.state.snapshots);
+        prop_assert_eq!(restored.children, m.state.children);
     }
 }

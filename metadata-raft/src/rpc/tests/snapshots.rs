@@ -4,7 +4,7 @@ use super::*;
 
 type Client = MetadataClient<Channel>;
 
-fn item(volume: &pb::Volume, name: &str) -> pb::CreateSnapshotItem {
+pub(super) fn item(volume: &pb::Volume, name: &str) -> pb::CreateSnapshotItem {
     pb::CreateSnapshotItem {
         name: name.into(),
         volume_id: volume.volume_id.clone(),
@@ -12,7 +12,7 @@ fn item(volume: &pb::Volume, name: &str) -> pb::CreateSnapshotItem {
     }
 }
 
-fn take(items: Vec<pb::CreateSnapshotItem>, group: &str) -> pb::CreateSnapshotsRequest {
+pub(super) fn take(items: Vec<pb::CreateSnapshotItem>, group: &str) -> pb::CreateSnapshotsRequest {
     pb::CreateSnapshotsRequest {
         request_id: request(),
         items,
@@ -20,7 +20,7 @@ fn take(items: Vec<pb::CreateSnapshotItem>, group: &str) -> pb::CreateSnapshotsR
     }
 }
 
-async fn create_snapshots(
+pub(super) async fn create_snapshots(
     client: &mut Client,
     request: pb::CreateSnapshotsRequest,
 ) -> Result<Vec<pb::Snapshot>, tonic::Status> {
@@ -28,7 +28,7 @@ async fn create_snapshots(
     Ok(answer.into_inner().snapshots)
 }
 
-async fn snapshots(client: &mut Client) -> Vec<pb::Snapshot> {
+pub(super) async fn snapshots(client: &mut Client) -> Vec<pb::Snapshot> {
     let all = client.list_snapshots(pb::ListSnapshotsRequest::default());
     all.await.unwrap().into_inner().snapshots
 }
@@ -42,7 +42,13 @@ async fn delete(client: &mut Client, snapshots: &[&pb::Snapshot]) {
 }
 
 /// A client that holds a volume and reports as soon as it sees a pending number, after a pause.
-fn hold(mut client: Client, volume: &pb::Volume, holder: u8, epoch: u64, pause: Duration) {
+pub(super) fn hold(
+    mut client: Client,
+    volume: &pb::Volume,
+    holder: u8,
+    epoch: u64,
+    pause: Duration,
+) {
     let volume_id = volume.volume_id.clone();
     tokio::spawn(async move {
         let watch = pb::WatchVolumesRequest {
@@ -66,7 +72,7 @@ fn hold(mut client: Client, volume: &pb::Volume, holder: u8, epoch: u64, pause: 
     });
 }
 
-async fn opened(client: &mut Client, name: &str, holder: u8) -> pb::Volume {
+pub(super) async fn opened(client: &mut Client, name: &str, holder: u8) -> pb::Volume {
     let volume = create(client, name).await.unwrap();
     let granted = client.open_volume(open(&volume, holder)).await.unwrap();
     granted.into_inner().volume.unwrap()
@@ -261,7 +267,12 @@ async fn a_new_leader_cancels_what_is_pending() {
     assert_eq!(taken[0].number, 2);
 }
 
-fn beat(n: u8, volume: &pb::Volume, revision: u64, chunks_left: u64) -> pb::HeartbeatRequest {
+pub(super) fn beat(
+    n: u8,
+    volume: &pb::Volume,
+    revision: u64,
+    chunks_left: u64,
+) -> pb::HeartbeatRequest {
     let mut beat = heartbeat(n, vec![volume.volume_id.clone()]);
     if revision > 0 {
         beat.disks[0].layers = vec![pb::ReplicaLayers {
@@ -280,7 +291,7 @@ async fn set_layers(client: &mut Client, beat: pb::HeartbeatRequest) -> Vec<pb::
 }
 
 /// A volume that was opened, with its replicas made, and closed.
-async fn used(client: &mut Client, name: &str) -> pb::Volume {
+pub(super) async fn used(client: &mut Client, name: &str) -> pb::Volume {
     let volume = opened(client, name, 1).await;
     let made = volume.groups[0].replicas.iter().map(|r| pb::ReplicaChange {
         group: 0,
