@@ -333,3 +333,19 @@ async fn delete(name: &str, context: &mut Context) -> Result<()> {
         &format!("pool {name} is deleted"),
     )
 }
+
+/// The name of the only pool there is.
+pub async fn only_one(context: &mut Context) -> Result<String> {
+    let mut pools = context.metadata.pools("").await?;
+    match pools.len() {
+        1 => Ok(pools.remove(0).name),
+        0 => {
+            Err(CliError::conflict("there is no pool yet")
+                .hint("make one: `ashlar pool create NAME`"))
+        }
+        _ => Err(
+            CliError::usage("there are several pools: say which, with --pool")
+                .hint("`ashlar pool list` shows them"),
+        ),
+    }
+}

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::Context;
 use super::clone::{self, FlattenView, ParentView};
 use super::cluster::redundancy;
+use super::pool;
 use super::snapshot::{self, SnapshotView};
 use crate::args::parse_label;
 use crate::client::request_id;
@@ -281,27 +282,12 @@ pub async fn run(command: &VolumeCommand, context: &mut Context) -> Result<()> {
     }
 }
 
-async fn only_pool(context: &mut Context) -> Result<String> {
-    let mut pools = context.metadata.pools("").await?;
-    match pools.len() {
-        1 => Ok(pools.remove(0).name),
-        0 => {
-            Err(CliError::conflict("there is no pool yet")
-                .hint("make one: `ashlar pool create NAME`"))
-        }
-        _ => Err(
-            CliError::usage("there are several pools: say which, with --pool")
-                .hint("`ashlar pool list` shows them"),
-        ),
-    }
-}
-
 async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
     let source = args.source.find(context).await?;
     let pool = match &args.pool {
         Some(pool) => pool.clone(),
         None if source.is_some() => String::new(),
-        None => only_pool(context).await?,
+        None => pool::only_one(context).await?,
     };
     let request = pb::CreateVolumeRequest {
         request_id: request_id(),
