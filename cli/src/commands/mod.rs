@@ -1,5 +1,6 @@
 //! One noun per file. Each turns arguments into requests and answers into a table or JSON.
 
+pub mod clone;
 pub mod cluster;
 pub mod dev;
 pub mod disk;

@@ -92,6 +92,8 @@ pub struct SnapshotView {
     /// While it is being deleted: replicas that are not done, and what they said is left to look at.
     replicas_left: u32,
     chunks_left: u64,
+    /// Volumes that inherit from it.
+    clones: u32,
 }
 
 impl SnapshotView {
@@ -116,6 +118,7 @@ impl SnapshotView {
             labels: snapshot.labels.clone().into_iter().collect(),
             replicas_left: snapshot.replicas_left,
             chunks_left: snapshot.chunks_left,
+            clones: snapshot.clones,
         }
     }
 

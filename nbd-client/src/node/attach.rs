@@ -228,7 +228,9 @@ impl Attachments {
             supervisor: None,
         });
         let status = wait_served(&hosted, OPEN_TIMEOUT).await?;
-        let data = match (request.probe_data, volume.opened_once) {
+        // A clone has what it inherits.
+        let written = volume.opened_once || volume.parent.is_some();
+        let data = match (request.probe_data, written) {
             (false, _) => None,
             // Nobody was ever served: nobody can have written.
             (true, false) => Some(false),
