@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod dev;
 pub mod disk;
+pub mod extents;
 pub mod node;
 pub mod pool;
 pub mod replica;
