@@ -172,8 +172,7 @@ impl Report {
     /// All of it, for people.
     pub fn table(&self) -> String {
         let times = |name: &str, ms: &[f64]| {
-            let [p50, p90, p99, max] =
-                [0.5, 0.9, 0.99, 1.0].map(|of| number(percentile(ms, of)));
+            let [p50, p90, p99, max] = [0.5, 0.9, 0.99, 1.0].map(|of| number(percentile(ms, of)));
             format!(
                 "{name:<34} {:>6}  p50 {p50}  p90 {p90}  p99 {p99}  slowest {max}\n",
                 ms.len()
@@ -274,15 +273,9 @@ pub fn measure(size: &Size, work: &Path) -> Result<Report> {
 impl Bench<'_> {
     fn volume(&self, sockets: &Path, name: &str, bytes: u64) -> Result<Volume> {
         let size = bytes.to_string();
-        let made = self.cluster.ashlar(&[
-            "volume",
-            "create",
-            name,
-            "--replicas",
-            "3",
-            "--size",
-            &size,
-        ])?;
+        let made =
+            self.cluster
+                .ashlar(&["volume", "create", name, "--replicas", "3", "--size", &size])?;
         let id = made["volume_id"].as_str().context("volume create")?;
         let id = parse_id(id)?;
         let socket = sockets.join(format!("{name}.sock"));
@@ -491,8 +484,7 @@ impl Bench<'_> {
         drop(volume);
         for i in 0..self.size.clones {
             let name = format!("clone-{i}");
-            self.cluster
-                .ashlar(&["volume", "delete", &name, "--yes"])?;
+            self.cluster.ashlar(&["volume", "delete", &name, "--yes"])?;
         }
         let named = format!("s{}", self.count - self.size.clones);
         self.cluster

@@ -20,7 +20,10 @@ fn random_file(cluster: &Cluster, name: &str, bytes: u64) -> PathBuf {
 }
 
 fn write(export: &Export, file: &Path) {
-    run_ok("nbdcopy", &["--flush", file.to_str().unwrap(), &export.uri()]);
+    run_ok(
+        "nbdcopy",
+        &["--flush", file.to_str().unwrap(), &export.uri()],
+    );
 }
 
 fn assert_shows(export: &Export, file: &Path, what: &str) {
@@ -45,7 +48,10 @@ fn change(export: &Export, file: &Path, script: &str) {
 fn used_bytes(cluster: &Cluster) -> u64 {
     let disks = cluster.json(&["disk", "list"]);
     let disks = disks.as_array().unwrap();
-    disks.iter().map(|d| d["used_bytes"].as_u64().unwrap()).sum()
+    disks
+        .iter()
+        .map(|d| d["used_bytes"].as_u64().unwrap())
+        .sum()
 }
 
 #[test]
@@ -69,7 +75,10 @@ fn clones_show_their_snapshot_and_outlive_what_they_were_made_of() {
     let c1 = Export::start(&cluster, "c1");
     assert_shows(&c1, &first, "the clone shows the snapshot");
     assert_shows(&db, &second, "the parent shows its head");
-    assert!(used_bytes(&cluster) < before + SIZE / 4, "reading copies nothing");
+    assert!(
+        used_bytes(&cluster) < before + SIZE / 4,
+        "reading copies nothing"
+    );
 
     // The clone is a volume like any other: written, trimmed, snapshotted, cloned while it is attached.
     change(
@@ -86,7 +95,15 @@ fn clones_show_their_snapshot_and_outlive_what_they_were_made_of() {
     run_ok("sh", &["-c", &script]);
     assert_shows(&c1, &first, "the clone shows its own");
     assert_shows(&db, &second, "and the parent nothing of it");
-    cluster.ok(&["volume", "create", "c2", "--from-volume", "c1", "--size", "128MiB"]);
+    cluster.ok(&[
+        "volume",
+        "create",
+        "c2",
+        "--from-volume",
+        "c1",
+        "--size",
+        "128MiB",
+    ]);
     let c2 = Export::start(&cluster, "c2");
     assert_shows(&c2, &first, "a clone of the clone");
 

@@ -7,6 +7,7 @@ pub mod extents;
 pub mod node;
 pub mod pool;
 pub mod replica;
+pub mod revert;
 pub mod snapshot;
 pub mod volume;
 

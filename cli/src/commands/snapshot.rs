@@ -45,6 +45,8 @@ pub enum SnapshotCommand {
         /// Name or id of the newer one
         snapshot: String,
     },
+    /// Brings a detached volume back to what a snapshot of it shows
+    Revert(super::revert::RevertArgs),
     /// Deletes snapshots; what they alone kept is freed in the background
     Delete(DeleteArgs),
 }
@@ -167,6 +169,7 @@ pub async fn run(command: &SnapshotCommand, context: &mut Context) -> Result<()>
         SnapshotCommand::Diff { base, snapshot } => {
             super::extents::diff(base, snapshot, context).await
         }
+        SnapshotCommand::Revert(args) => super::revert::run(args, context).await,
         SnapshotCommand::Delete(args) => delete(args, context).await,
     }
 }

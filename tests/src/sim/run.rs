@@ -17,8 +17,8 @@ use super::metadata::{Shape, VOLUME, node_of};
 use super::node::Backend;
 use super::oracle;
 use super::schedule::{self, MS, Schedule};
-use super::{clones, snapshots};
 use super::workload::{Request as UserRequest, Workload};
+use super::{clones, snapshots};
 
 /// Once faults stop, everything must be well within this time. The longest chain is: a lease of 2 s, an
 /// opener's patience, several exclusions and rebuilds that interrupt each other.
@@ -93,7 +93,11 @@ pub fn run(seed: u64, options: &Options) -> Report {
     };
     // The reference store knows no links.
     let backend = options.backend.unwrap_or(drawn);
-    let backend = if options.clones { Backend::Disk } else { backend };
+    let backend = if options.clones {
+        Backend::Disk
+    } else {
+        backend
+    };
     let damage = options.damage && backend != Backend::Memory && shape.replicas == 3;
     let mut schedule = schedule::generate(&mut rng, shape.nodes, damage);
     if options.readers {
