@@ -4,9 +4,11 @@ pub mod clone;
 pub mod cluster;
 pub mod dev;
 pub mod disk;
+pub mod extents;
 pub mod node;
 pub mod pool;
 pub mod replica;
+pub mod revert;
 pub mod snapshot;
 pub mod volume;
 

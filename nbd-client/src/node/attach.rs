@@ -218,6 +218,7 @@ impl Attachments {
                 node,
                 first_open: !volume.opened_once,
                 snapshot: None,
+                revert: false,
             })
             .await;
         claim.set(Attachment {

@@ -165,10 +165,12 @@ pub(super) fn prepare(cluster: &mut Cluster, rng: &mut Rng) -> Result<(), String
     cluster.metadata.open_origin(&incarnations, stale);
     let epoch = cluster.metadata.volume().epoch;
     let updates = updates(cluster, rng, epoch);
+    cluster.audits += 1;
+    for disk in &disks {
+        ask(cluster, node_of(*disk), None)?;
+    }
     for disk in &disks {
         let node = node_of(*disk);
-        cluster.audits += 1;
-        ask(cluster, node, None)?;
         let fence = Fence {
             create: true,
             rebuild_epoch: Epoch(0),

@@ -170,10 +170,12 @@ fn shape(rng: &mut Rng) -> Shape {
 }
 
 fn execute(cluster: &mut Cluster, schedule: &Schedule) -> Result<(), String> {
+    // What went before (the origin of a clone) does not count.
+    let begin = if cluster.setup.clones { cluster.now().0 } else { 0 };
     cluster.arm(schedule);
     cluster.run_until(cluster.in_ms(50));
     cluster.new_client(false);
-    cluster.run_until(ashlar_platform::clock::Time(schedule.duration));
+    cluster.run_until(ashlar_platform::clock::Time(begin + schedule.duration));
     healthy(cluster)?;
     cluster.heal();
     settle(cluster)?;
