@@ -135,12 +135,7 @@ impl SnapshotMetadataService {
             .into());
         }
         let (sender, receiver) = mpsc::channel(MESSAGES_QUEUE);
-        tokio::spawn(send_parts(
-            extents,
-            question.per_message,
-            move |part| message(part),
-            sender,
-        ));
+        tokio::spawn(send_parts(extents, question.per_message, message, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

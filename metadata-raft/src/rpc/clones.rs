@@ -25,7 +25,7 @@ type Result<T> = std::result::Result<T, Fault>;
 /// What is to be done for a creation from a source.
 enum Plan {
     /// It is there.
-    Existing(pb::Volume),
+    Existing(Box<pb::Volume>),
     /// Of the snapshot that is named; of one that is to be taken of this volume, if the snapshot is `NIL`.
     Make(CloneVolume, VolumeId),
 }
@@ -45,7 +45,7 @@ impl Member {
         self.linearize().await?;
         let plan = self.with_view(|state, _| plan(state, &key, &request, source))?;
         let (mut clone, of) = match plan {
-            Plan::Existing(volume) => return Ok(volume),
+            Plan::Existing(volume) => return Ok(*volume),
             Plan::Make(clone, of) => (clone, of),
         };
         if !clone.snapshot.is_nil() {
@@ -144,7 +144,7 @@ fn plan(
     source: Source,
 ) -> Result<Plan> {
     if let Some(Answer::Volume(volume)) = state.remembered(key).map(|r| &r.answer) {
-        return Ok(Plan::Existing(view::volume(state, volume)));
+        return Ok(Plan::Existing(Box::new(view::volume(state, volume))));
     }
     validate::name("name", &request.name)?;
     let min_replicas = match request.min_replicas {
@@ -169,7 +169,9 @@ fn plan(
         clone.size_bytes = size_bytes.unwrap_or(existing.size_bytes);
         clone.min_replicas = min_replicas.unwrap_or(existing.min_replicas);
         return match state.existing_clone(&clone) {
-            Some(Ok(Answer::Volume(volume))) => Ok(Plan::Existing(view::volume(state, &volume))),
+            Some(Ok(Answer::Volume(volume))) => {
+                Ok(Plan::Existing(Box::new(view::volume(state, &volume))))
+            }
             Some(Ok(other)) => Err(unexpected(&other)),
             Some(Err(refusal)) => Err(refusal.into()),
             None => Err(Status::internal("a volume by name is not there").into()),

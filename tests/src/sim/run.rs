@@ -171,7 +171,11 @@ fn shape(rng: &mut Rng) -> Shape {
 
 fn execute(cluster: &mut Cluster, schedule: &Schedule) -> Result<(), String> {
     // What went before (the origin of a clone) does not count.
-    let begin = if cluster.setup.clones { cluster.now().0 } else { 0 };
+    let begin = if cluster.setup.clones {
+        cluster.now().0
+    } else {
+        0
+    };
     cluster.arm(schedule);
     cluster.run_until(cluster.in_ms(50));
     cluster.new_client(false);
