@@ -118,14 +118,14 @@ impl Revert {
         lists: &BlockLists,
         progress: impl Fn(u64),
     ) -> Result<Reverted, RevertError> {
-        self.begin(host).await?;
+        let again = self.begin(host).await?;
         let volume = host
             .open(OpenSpec {
                 volume: self.volume,
                 name: self.name.clone(),
                 endpoint: Endpoint::Given,
                 read_only: false,
-                force: false,
+                force: again,
                 node: Default::default(),
                 first_open: false,
                 snapshot: None,
@@ -151,7 +151,12 @@ impl Revert {
         }
     }
 
-    async fn begin(&self, host: &Host) -> Result<(), RevertError> {
+    /// True: it was begun before. Whoever did that has the volume perhaps, and is dead or does the same: it is taken over.
+    async fn begin(&self, host: &Host) -> Result<bool, RevertError> {
+        let reverting = self.volume(host).await?.reverting;
+        if reverting.is_some_and(|r| r.snapshot_id == self.snapshot.to_vec()) {
+            return Ok(true);
+        }
         let request = pb::BeginRevertRequest {
             request_id: random::bytes::<16>().to_vec(),
             volume_id: self.volume.to_vec(),
@@ -161,7 +166,19 @@ impl Revert {
             let request = request.clone();
             async move { c.begin_revert(request).await }
         });
-        begun.await.map(drop).map_err(refused)
+        begun.await.map(|_| false).map_err(refused)
+    }
+
+    async fn volume(&self, host: &Host) -> Result<pb::Volume, RevertError> {
+        let question = pb::GetVolumeRequest {
+            name: String::new(),
+            volume_id: self.volume.to_vec(),
+        };
+        let found = host.members().ask("GetVolume", |mut c| {
+            let question = question.clone();
+            async move { c.get_volume(question).await }
+        });
+        found.await.map_err(refused)
     }
 
     /// The epoch may have changed since the open, and may change again.
@@ -172,15 +189,7 @@ impl Revert {
     ) -> Result<(), RevertError> {
         let mut attempt = 1;
         loop {
-            let question = pb::GetVolumeRequest {
-                name: String::new(),
-                volume_id: self.volume.to_vec(),
-            };
-            let volume = host.members().ask("GetVolume", |mut c| {
-                let question = question.clone();
-                async move { c.get_volume(question).await }
-            });
-            let epoch = volume.await.map_err(refused)?.epoch;
+            let epoch = self.volume(host).await?.epoch;
             let request = pb::EndRevertRequest {
                 request_id: random::bytes::<16>().to_vec(),
                 volume_id: self.volume.to_vec(),
