@@ -15,6 +15,8 @@ MODULES = {
 # Not on the module proxy at their versions.
 BY_HAND = {
     "csi-node-driver-registrar": {"csi-address", "kubelet-registration-path", "v"},
+    # Named by constants in its source.
+    "csi-snapshot-metadata": {"csi-address", "timeout", "port", "http-endpoint", "tls-cert", "tls-key", "v"},
     "livenessprobe": {"csi-address", "health-port", "probe-timeout", "v"},
 }
 

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use ashlar_platform::random;
-use ashlar_proto::ids::{SnapshotId, VolumeId};
+use ashlar_proto::ids::{ClientId, SnapshotId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
@@ -104,28 +104,38 @@ impl Revert {
     ) -> Result<Reverted, RevertError> {
         let lists = BlockLists::new(&host_config.metadata)?;
         let client = host_config.client;
+        // A host serves a volume once: the snapshot has another one.
+        let (reader, reader_threads) = Host::start(HostConfig {
+            client: ClientId::generate(),
+            ..host_config.clone()
+        })?;
         let (host, threads) = Host::start(host_config)?;
-        let result = self.with_host(&host, client, &lists, progress).await;
-        host.shut_down().await;
+        let result = self.with_hosts(&host, &reader, client, &lists, progress);
+        let result = result.await;
+        for host in [&host, &reader] {
+            host.shut_down().await;
+        }
         threads.join();
+        reader_threads.join();
         result
     }
 
-    async fn with_host(
+    async fn with_hosts(
         &self,
         host: &Host,
-        client: ashlar_proto::ids::ClientId,
+        reader: &Host,
+        client: ClientId,
         lists: &BlockLists,
         progress: impl Fn(u64),
     ) -> Result<Reverted, RevertError> {
-        self.begin(host).await?;
+        let again = self.begin(host).await?;
         let volume = host
             .open(OpenSpec {
                 volume: self.volume,
                 name: self.name.clone(),
                 endpoint: Endpoint::Given,
                 read_only: false,
-                force: false,
+                force: again,
                 node: Default::default(),
                 first_open: false,
                 snapshot: None,
@@ -133,7 +143,7 @@ impl Revert {
             })
             .await;
         let copied = match serving(&volume, "the volume").await {
-            Ok(()) => self.copy_back(host, &volume, lists, progress).await,
+            Ok(()) => self.copy_back(reader, &volume, lists, progress).await,
             Err(error) => return Err(error),
         };
         let done = match copied {
@@ -151,7 +161,12 @@ impl Revert {
         }
     }
 
-    async fn begin(&self, host: &Host) -> Result<(), RevertError> {
+    /// True: it was begun before. Whoever did that has the volume perhaps, and is dead or does the same: it is taken over.
+    async fn begin(&self, host: &Host) -> Result<bool, RevertError> {
+        let reverting = self.volume(host).await?.reverting;
+        if reverting.is_some_and(|r| r.snapshot_id == self.snapshot.to_vec()) {
+            return Ok(true);
+        }
         let request = pb::BeginRevertRequest {
             request_id: random::bytes::<16>().to_vec(),
             volume_id: self.volume.to_vec(),
@@ -161,26 +176,26 @@ impl Revert {
             let request = request.clone();
             async move { c.begin_revert(request).await }
         });
-        begun.await.map(drop).map_err(refused)
+        begun.await.map(|_| false).map_err(refused)
+    }
+
+    async fn volume(&self, host: &Host) -> Result<pb::Volume, RevertError> {
+        let question = pb::GetVolumeRequest {
+            name: String::new(),
+            volume_id: self.volume.to_vec(),
+        };
+        let found = host.members().ask("GetVolume", |mut c| {
+            let question = question.clone();
+            async move { c.get_volume(question).await }
+        });
+        found.await.map_err(refused)
     }
 
     /// The epoch may have changed since the open, and may change again.
-    async fn end(
-        &self,
-        host: &Host,
-        client: ashlar_proto::ids::ClientId,
-    ) -> Result<(), RevertError> {
+    async fn end(&self, host: &Host, client: ClientId) -> Result<(), RevertError> {
         let mut attempt = 1;
         loop {
-            let question = pb::GetVolumeRequest {
-                name: String::new(),
-                volume_id: self.volume.to_vec(),
-            };
-            let volume = host.members().ask("GetVolume", |mut c| {
-                let question = question.clone();
-                async move { c.get_volume(question).await }
-            });
-            let epoch = volume.await.map_err(refused)?.epoch;
+            let epoch = self.volume(host).await?.epoch;
             let request = pb::EndRevertRequest {
                 request_id: random::bytes::<16>().to_vec(),
                 volume_id: self.volume.to_vec(),
@@ -206,12 +221,12 @@ impl Revert {
 
     async fn copy_back(
         &self,
-        host: &Host,
+        reader: &Host,
         volume: &HostedVolume,
         lists: &BlockLists,
         progress: impl Fn(u64),
     ) -> Result<Reverted, RevertError> {
-        let source = host.open_snapshot(self.snapshot, Endpoint::Given).await?;
+        let source = reader.open_snapshot(self.snapshot, Endpoint::Given).await?;
         serving(&source, "the snapshot").await?;
         let result = self.copy_extents(&source, volume, lists, progress).await;
         source.close().await;

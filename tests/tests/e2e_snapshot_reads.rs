@@ -4,7 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ashlar_tests::e2e::csi::Driver;
 use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, NbdClient, have, run_ok};
+use csi_driver::rpc;
+use tonic::Code;
 
 const BLOCK: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -201,4 +204,220 @@ fn snapshots_are_read_and_compared_while_the_volume_goes_on_and_after_its_deleti
     );
     assert_same(&nbdcopy(&cluster, &late.uri(), "copy.raw"), &three);
     assert!(late.stop().success());
+}
+
+/// A volume with snapshots `one` and `two`, detached; their images.
+fn two_snapshots(cluster: &Cluster, size: u64) -> (PathBuf, PathBuf) {
+    cluster.ok(&["pool", "create", "default"]);
+    let bytes = size.to_string();
+    cluster.ok(&[
+        "volume",
+        "create",
+        "v",
+        "--size",
+        &bytes,
+        "--replicas",
+        "2",
+        "--groups",
+        "2",
+    ]);
+    let writer = Export::start(cluster, "v");
+    let mut client = connect(&writer, "v");
+    write_pattern(&mut client, size, 1);
+    let one = snapshot(cluster, &writer, "v", "one");
+    write_pattern(&mut client, size, 2);
+    client.trim(8 * MIB, 9 * MIB as u32).unwrap();
+    client.write(40 * MIB, &vec![9; 2 * MIB as usize]).unwrap();
+    let two = snapshot(cluster, &writer, "v", "two");
+    drop(client);
+    assert!(writer.stop().success());
+    (one, two)
+}
+
+fn image(cluster: &Cluster, name: &str) -> PathBuf {
+    let export = Export::start(cluster, "v");
+    let copy = nbdcopy(cluster, &export.uri(), name);
+    assert!(export.stop().success());
+    copy
+}
+
+#[test]
+fn a_detached_volume_is_reverted_also_after_an_interruption() {
+    if !have(&["nbdcopy"]) {
+        return;
+    }
+    let cluster = Cluster::up(ClusterSpec::default());
+    let size = 64 * MIB;
+    let (one, two) = two_snapshots(&cluster, size);
+    let revert = ["snapshot", "revert", "v", "one", "--yes"];
+
+    let export = Export::start(&cluster, "v");
+    let refused = cluster.ashlar(&revert);
+    assert!(!refused.status.success(), "it is attached");
+    assert!(export.stop().success());
+
+    cluster.ok(&revert);
+    assert_same(&image(&cluster, "back.raw"), &one);
+    // What was there is still in the other snapshot, and the revert is a change like any other.
+    let reader = Export::start_snapshot(&cluster, "two", "reader");
+    assert_same(&nbdcopy(&cluster, &reader.uri(), "copy.raw"), &two);
+    assert!(reader.stop().success());
+    cluster.ok(&["snapshot", "create", "v", "--name", "three"]);
+    let found = blocks(&cluster.json(&["snapshot", "diff", "two", "three"]), size);
+    let changed = truth(&two, &one);
+    for (block, change) in changed.iter().enumerate().filter(|(_, c)| c.is_some()) {
+        assert_eq!(found[block], *change, "block {block}");
+    }
+
+    // Killed on the way: the volume stays closed until it is carried out again.
+    let mut half = cluster
+        .command(&ashlar_tests::e2e::binary("ashlar"))
+        .arg("--dir")
+        .arg(cluster.dir())
+        .args(["snapshot", "revert", "v", "two", "--yes"])
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(150));
+    half.kill().unwrap();
+    half.wait().unwrap();
+    let shown = cluster.json(&["volume", "show", "v"]);
+    println!("after the kill: {shown}");
+    // A holder that died has its lease still.
+    ashlar_tests::e2e::wait_until("the revert goes on", Duration::from_secs(30), || {
+        let again = cluster.ashlar(&["snapshot", "revert", "v", "two", "--yes"]);
+        again.status.success().then_some(())
+    });
+    assert_same(&image(&cluster, "back.raw"), &two);
+}
+
+/// A stream's ranges, and the size that it tells; no message has more ranges than asked for.
+async fn ranges(
+    driver: &Driver,
+    base: Option<&str>,
+    target: &str,
+    starting_offset: i64,
+    max_results: i32,
+) -> Result<(i64, Vec<(i64, i64)>), tonic::Status> {
+    let mut client = driver.snapshot_metadata();
+    let (mut size, mut all) = (0, Vec::new());
+    let mut take = |capacity: i64, kind: i32, part: Vec<rpc::BlockMetadata>| {
+        assert!(max_results == 0 || part.len() <= max_results as usize);
+        assert_eq!(kind, i32::from(rpc::BlockMetadataType::VariableLength));
+        size = capacity;
+        all.extend(part.iter().map(|b| (b.byte_offset, b.size_bytes)));
+    };
+    match base {
+        None => {
+            let ask = rpc::GetMetadataAllocatedRequest {
+                snapshot_id: target.to_owned(),
+                starting_offset,
+                max_results,
+                ..Default::default()
+            };
+            let mut stream = client.get_metadata_allocated(ask).await?.into_inner();
+            while let Some(m) = stream.message().await? {
+                take(
+                    m.volume_capacity_bytes,
+                    m.block_metadata_type,
+                    m.block_metadata,
+                );
+            }
+        }
+        Some(base) => {
+            let ask = rpc::GetMetadataDeltaRequest {
+                base_snapshot_id: base.to_owned(),
+                target_snapshot_id: target.to_owned(),
+                starting_offset,
+                max_results,
+                ..Default::default()
+            };
+            let mut stream = client.get_metadata_delta(ask).await?.into_inner();
+            while let Some(m) = stream.message().await? {
+                take(
+                    m.volume_capacity_bytes,
+                    m.block_metadata_type,
+                    m.block_metadata,
+                );
+            }
+        }
+    }
+    Ok((size, all))
+}
+
+/// The blocks that ranges name.
+fn named(ranges: &[(i64, i64)], size: u64) -> Vec<bool> {
+    let mut map = vec![false; (size / BLOCK) as usize];
+    for (offset, length) in ranges {
+        let first = *offset as u64 / BLOCK;
+        map[first as usize..(first + *length as u64 / BLOCK) as usize].fill(true);
+    }
+    map
+}
+
+#[test]
+fn csi_tells_allocated_and_changed_blocks() {
+    if !have(&["nbdcopy"]) {
+        return;
+    }
+    let cluster = Cluster::up(ClusterSpec::default());
+    let size = 64 * MIB;
+    let (one, two) = two_snapshots(&cluster, size);
+    let empty = cluster.scratch("empty.raw");
+    std::fs::write(&empty, vec![0; size as usize]).unwrap();
+    cluster.volume("other", "64MiB", 1);
+    cluster.ok(&["snapshot", "create", "other", "--name", "foreign"]);
+    let id = |name: &str| {
+        let shown = cluster.json(&["snapshot", "show", name]);
+        shown["id"].as_str().unwrap().to_owned()
+    };
+    let [a, b, foreign] = ["one", "two", "foreign"].map(id);
+    let some = |map: Vec<Option<bool>>| map.iter().map(Option::is_some).collect::<Vec<_>>();
+    let driver = Driver::controller_only(&cluster, "csi");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let (bytes, found) = ranges(&driver, None, &a, 0, 0).await.unwrap();
+        assert_eq!(bytes, size as i64);
+        assert_eq!(named(&found, size), some(truth(&empty, &one)));
+        let (_, delta) = ranges(&driver, Some(&a), &b, 0, 7).await.unwrap();
+        assert_eq!(named(&delta, size), some(truth(&one, &two)));
+        // From the middle of a range, and of a block, on: the block is told whole.
+        let (offset, length) = *delta.iter().find(|(_, l)| *l > 2 * BLOCK as i64).unwrap();
+        let middle = offset + BLOCK as i64;
+        let (_, rest) = ranges(&driver, Some(&a), &b, middle + 100, 0)
+            .await
+            .unwrap();
+        assert_eq!(rest[0], (middle, length - BLOCK as i64));
+        let (bytes, none) = ranges(&driver, None, &a, size as i64, 0).await.unwrap();
+        assert_eq!((bytes, none.len()), (size as i64, 0));
+        let (_, nothing) = ranges(&driver, None, &foreign, 0, 0).await.unwrap();
+        assert!(nothing.is_empty(), "never opened");
+
+        let beyond = size as i64 + 1;
+        for (base, target, offset, results, code) in [
+            (None, "none", 0, 0, Code::NotFound),
+            (None, "", 0, 0, Code::InvalidArgument),
+            (None, a.as_str(), beyond, 0, Code::OutOfRange),
+            (None, a.as_str(), -1, 0, Code::InvalidArgument),
+            (None, a.as_str(), 0, -1, Code::InvalidArgument),
+            (Some("none"), a.as_str(), 0, 0, Code::NotFound),
+            (
+                Some(foreign.as_str()),
+                a.as_str(),
+                0,
+                0,
+                Code::FailedPrecondition,
+            ),
+            (Some(b.as_str()), a.as_str(), 0, 0, Code::FailedPrecondition),
+            (Some(a.as_str()), b.as_str(), beyond, 0, Code::OutOfRange),
+        ] {
+            let refused = ranges(&driver, base, target, offset, results)
+                .await
+                .unwrap_err();
+            assert_eq!(
+                refused.code(),
+                code,
+                "{base:?} {target:?} {offset}: {refused}"
+            );
+        }
+    });
 }

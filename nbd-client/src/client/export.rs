@@ -114,6 +114,7 @@ impl Export {
     pub fn step(&mut self, now: Time, event: SessionEvent) {
         match &event {
             SessionEvent::Granted { view, .. }
+            | SessionEvent::Confirmed(view)
             | SessionEvent::ConfigChanged(view)
             | SessionEvent::ChangeAnswer { view, .. }
                 if self

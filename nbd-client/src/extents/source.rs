@@ -119,6 +119,13 @@ impl Source {
             daemons,
         };
         source.check_live()?;
+        if !source.view.opened_once && source.view.parent.is_some() {
+            // Its replicas, which show what it inherits, are made by its first holder.
+            return Err(ExtentsError::Unavailable(format!(
+                "volume {:?} is a clone that was never opened: attach and detach it once",
+                source.view.name
+            )));
+        }
         Ok(source)
     }
 

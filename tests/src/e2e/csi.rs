@@ -7,6 +7,7 @@ use std::time::Duration;
 use csi_driver::rpc::controller_client::ControllerClient;
 use csi_driver::rpc::group_controller_client::GroupControllerClient;
 use csi_driver::rpc::node_client::NodeClient;
+use csi_driver::rpc::snapshot_metadata_client::SnapshotMetadataClient;
 use csi_driver::rpc::volume_capability::access_mode::Mode;
 use csi_driver::rpc::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use csi_driver::rpc::{CapacityRange, CreateVolumeRequest, VolumeCapability};
@@ -98,6 +99,11 @@ impl Driver {
     /// A client of the GroupController service.
     pub fn group_controller(&self) -> GroupControllerClient<Channel> {
         GroupControllerClient::new(self.channel())
+    }
+
+    /// A client of the SnapshotMetadata service.
+    pub fn snapshot_metadata(&self) -> SnapshotMetadataClient<Channel> {
+        SnapshotMetadataClient::new(self.channel())
     }
 
     /// A client of the Node service.

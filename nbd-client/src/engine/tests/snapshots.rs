@@ -212,3 +212,57 @@ fn closing_lets_go_what_was_held_and_the_next_holder_takes_the_number() {
     let newest: Option<(&Version, &SnapshotNumber)> = w.disks[0].layers.last_key_value();
     assert_eq!(newest.map(|(_, n)| *n), Some(number));
 }
+
+#[test]
+fn a_reader_of_a_snapshot_outlives_holders_and_replicas_and_ends_with_its_snapshot() {
+    let mut w = World::new(9, 3, 1, 2);
+    let c = w.open(|_| {});
+    let tag = w.write(c, 0, 8, false);
+    assert_eq!(w.answer(c, tag), DONE);
+    let number = w.reserve();
+    w.run_until("held", |w| !w.held.is_empty());
+    w.settle(true);
+    let size_bytes = 1 << 20;
+    let r = w.open(|config| {
+        config.read_only = true;
+        config.snapshot = Some(SnapshotSource { number, size_bytes });
+    });
+    let read = |w: &mut World| {
+        let tag = w.read(r, 0, 8);
+        w.answer(r, tag)
+    };
+    assert!(read(&mut w).is_ok(), "beside a holder");
+    let beyond = w.submit(
+        r,
+        ClientOp::Read {
+            offset: size_bytes,
+            length: 4096,
+        },
+    );
+    assert_eq!(w.answer(r, beyond), Err(ClientError::Invalid));
+    let written = w.write(r, 0, 8, false);
+    assert_eq!(w.answer(r, written), Err(ClientError::Invalid));
+
+    // A holder goes, another one fences the replicas with a higher epoch.
+    w.feed(c, SessionEvent::Close);
+    w.run_until("closed", |w| w.clients[c].stopped.is_some());
+    assert!(read(&mut w).is_ok(), "without a holder");
+    let epoch = w.view.epoch;
+    let d = w.open(|_| {});
+    assert!(w.view.epoch > epoch);
+    assert!(read(&mut w).is_ok(), "under another holder");
+    w.crash_disk(2, 60_000);
+    for _ in 0..4 {
+        assert!(read(&mut w).is_ok(), "from another replica");
+    }
+    let tag = w.write(d, 64, 8, false);
+    assert_eq!(w.answer(d, tag), DONE);
+
+    w.view.layers.live.clear();
+    w.view.layers.revision += 1;
+    w.view.revision += 1;
+    w.notify();
+    w.run_until("the end", |w| w.clients[r].stopped.is_some());
+    assert_eq!(w.clients[r].stopped, Some(StopReason::Deleted));
+    assert!(w.clients[d].stopped.is_none());
+}
