@@ -67,7 +67,15 @@ impl Kind {
 
 /// How content is packed.
 #[derive(
-    Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Debug,
+    Default,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
@@ -113,9 +121,7 @@ impl Compression {
     fn unpack(self, payload: &[u8], length: usize) -> std::result::Result<Vec<u8>, Damage> {
         let plain = match self {
             Self::None => payload.to_vec(),
-            Self::Zstd => {
-                zstd::bulk::decompress(payload, length).map_err(|_| Damage::Unpack)?
-            }
+            Self::Zstd => zstd::bulk::decompress(payload, length).map_err(|_| Damage::Unpack)?,
             Self::Lz4 => {
                 let mut plain = vec![0; length];
                 let found = lz4_flex::block::decompress_into(payload, &mut plain)
@@ -179,12 +185,7 @@ impl Codec {
 
         let mut object = Vec::with_capacity(HEADER_BYTES + payload_length);
         object.extend_from_slice(MAGIC);
-        object.extend_from_slice(&[
-            FORMAT,
-            kind as u8,
-            used.code(),
-            u8::from(keys.is_some()),
-        ]);
+        object.extend_from_slice(&[FORMAT, kind as u8, used.code(), u8::from(keys.is_some())]);
         object.extend_from_slice(&(plain.len() as u32).to_le_bytes());
         object.extend_from_slice(&(payload_length as u32).to_le_bytes());
         match keys {
@@ -288,7 +289,13 @@ impl Codec {
     ///
     /// # Errors
     /// How it is damaged.
-    pub fn decode_content(&self, kind: Kind, id: ContentId, name: &str, object: &[u8]) -> Result<Vec<u8>> {
+    pub fn decode_content(
+        &self,
+        kind: Kind,
+        id: ContentId,
+        name: &str,
+        object: &[u8],
+    ) -> Result<Vec<u8>> {
         let plain = self.decode(kind, name, object)?;
         if self.id(kind, &plain) != id {
             return Err(BackupError::damaged(name, Damage::Content));

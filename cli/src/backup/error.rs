@@ -61,7 +61,9 @@ pub enum BackupError {
     #[error("{0} is missing")]
     Missing(String),
     /// The repository was made by a newer version.
-    #[error("{name} has format {found}; this version of ashlar knows formats up to {known}: use a newer one")]
+    #[error(
+        "{name} has format {found}; this version of ashlar knows formats up to {known}: use a newer one"
+    )]
     TooNew {
         /// The object.
         name: String,
@@ -85,7 +87,9 @@ pub enum BackupError {
         age_seconds: u64,
     },
     /// The lock of this operation is gone: it stood still for too long.
-    #[error("this operation stood still for so long that its lock on the repository was taken away; run it again")]
+    #[error(
+        "this operation stood still for so long that its lock on the repository was taken away; run it again"
+    )]
     LockLost,
     /// A backup that others need to judge what is garbage cannot be read.
     #[error("what {name} needs is not known, so nothing can be called garbage: {reason}")]
@@ -134,7 +138,10 @@ impl BackupError {
 
     /// Whether an object is the cause, and other objects may still be well.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged { .. } | Self::Missing(_) | Self::TooNew { .. })
+        matches!(
+            self,
+            Self::Damaged { .. } | Self::Missing(_) | Self::TooNew { .. }
+        )
     }
 }
 

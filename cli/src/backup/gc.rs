@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
 
+use super::codec::Kind;
 use super::error::{BackupError, Result};
 use super::id::ContentId;
 use super::lock::{Lock, Purpose};
 use super::manifest::{content_name, parse_content_name};
-use super::codec::Kind;
 use super::repository::Repository;
 
 /// Objects that are deleted at the same time.
@@ -74,7 +74,10 @@ async fn needed(repository: &Repository) -> Result<HashSet<ContentId>> {
         }
     };
     for name in repository.manifest_names().await? {
-        let manifest = repository.manifest(&name).await.map_err(|e| unknown(&name, e))?;
+        let manifest = repository
+            .manifest(&name)
+            .await
+            .map_err(|e| unknown(&name, e))?;
         let geometry = manifest.geometry();
         for (index, page) in (0u64..).zip(manifest.page_ids()?) {
             if page.is_nothing() || !needed.insert(page) {

@@ -46,7 +46,9 @@ impl Secret {
             path: path.to_owned(),
             reason,
         };
-        let length = std::fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
+        let length = std::fs::metadata(path)
+            .map_err(|e| wrong(e.to_string()))?
+            .len();
         if length > FILE_BYTES_MAX {
             return Err(wrong(format!("longer than {FILE_BYTES_MAX} bytes")));
         }
@@ -182,8 +184,11 @@ fn master(spec: &KeySpec, secret: &Secret) -> Result<[u8; 32]> {
             }
             let parameters = argon2::Params::new(spec.memory_kib, spec.passes, 1, Some(32))
                 .map_err(|e| mismatch(&format!("impossible parameters of Argon2id: {e}")))?;
-            let argon =
-                argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, parameters);
+            let argon = argon2::Argon2::new(
+                argon2::Algorithm::Argon2id,
+                argon2::Version::V0x13,
+                parameters,
+            );
             let mut master = [0; 32];
             argon
                 .hash_password_into(words, &salt, &mut master)
@@ -224,7 +229,10 @@ mod tests {
             (Secret::Raw([1; 32]), Secret::Passphrase(vec![1; 32])),
         ] {
             let (spec, keys) = Keys::create(&right).unwrap();
-            assert_eq!(Keys::open(&spec, &right).unwrap().encryption, keys.encryption);
+            assert_eq!(
+                Keys::open(&spec, &right).unwrap().encryption,
+                keys.encryption
+            );
             assert!(matches!(
                 Keys::open(&spec, &wrong),
                 Err(BackupError::KeyWrong { .. })
@@ -237,12 +245,27 @@ mod tests {
         let secret = Secret::Passphrase(b"a passphrase 1".to_vec());
         let (spec, _) = Keys::create(&secret).unwrap();
         for hostile in [
-            KeySpec { memory_kib: u32::MAX, ..spec.clone() },
-            KeySpec { passes: u32::MAX, ..spec.clone() },
-            KeySpec { memory_kib: 0, ..spec.clone() },
-            KeySpec { salt: "zz".into(), ..spec },
+            KeySpec {
+                memory_kib: u32::MAX,
+                ..spec.clone()
+            },
+            KeySpec {
+                passes: u32::MAX,
+                ..spec.clone()
+            },
+            KeySpec {
+                memory_kib: 0,
+                ..spec.clone()
+            },
+            KeySpec {
+                salt: "zz".into(),
+                ..spec
+            },
         ] {
-            assert!(matches!(Keys::open(&hostile, &secret), Err(BackupError::Mismatch(_))));
+            assert!(matches!(
+                Keys::open(&hostile, &secret),
+                Err(BackupError::Mismatch(_))
+            ));
         }
     }
 

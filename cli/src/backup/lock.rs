@@ -99,7 +99,12 @@ impl Lock {
         let began = Instant::now();
         storage.put(&name, object.clone()).await?;
         let refreshed = Arc::new(Mutex::new(began));
-        let task = refresh(storage.clone(), name.clone(), object, Arc::clone(&refreshed));
+        let task = refresh(
+            storage.clone(),
+            name.clone(),
+            object,
+            Arc::clone(&refreshed),
+        );
         let lock = Self {
             storage: storage.clone(),
             name,
@@ -119,7 +124,9 @@ impl Lock {
     async fn others(&self, codec: &Codec, purpose: Purpose, break_others: bool) -> Result<()> {
         let now = self.storage_time().await?;
         let listing = self.storage.list(PREFIX);
-        let found: Vec<_> = futures::StreamExt::take(listing, LOCKS_MAX).try_collect().await?;
+        let found: Vec<_> = futures::StreamExt::take(listing, LOCKS_MAX)
+            .try_collect()
+            .await?;
         for meta in found {
             let name = meta.location.to_string();
             if name == self.name {
@@ -153,7 +160,10 @@ impl Lock {
     /// # Errors
     /// It was taken away, or could not be refreshed for so long that it may be.
     pub async fn check(&self) -> Result<()> {
-        let refreshed = *self.refreshed.lock().unwrap_or_else(PoisonError::into_inner);
+        let refreshed = *self
+            .refreshed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if refreshed.elapsed() >= DOUBTFUL {
             return Err(BackupError::LockLost);
         }
@@ -183,9 +193,8 @@ impl Lock {
 async fn read(storage: &Storage, codec: &Codec, name: &str) -> Result<Owner> {
     let object = storage.get(name, Kind::Lock.object_bytes_max()).await?;
     let text = codec.decode(Kind::Lock, name, &object)?;
-    serde_json::from_slice(&text).map_err(|e| {
-        BackupError::damaged(name, super::error::Damage::Nonsense(e.to_string()))
-    })
+    serde_json::from_slice(&text)
+        .map_err(|e| BackupError::damaged(name, super::error::Damage::Nonsense(e.to_string())))
 }
 
 /// Puts the lock again and again, unless somebody took it away.
@@ -210,5 +219,8 @@ async fn refresh(storage: Storage, name: String, object: Vec<u8>, refreshed: Arc
 }
 
 fn host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
 }

@@ -124,9 +124,8 @@ impl Manifest {
         struct Format {
             format: u32,
         }
-        let damaged = |e: serde_json::Error| {
-            BackupError::damaged(name, Damage::Nonsense(e.to_string()))
-        };
+        let damaged =
+            |e: serde_json::Error| BackupError::damaged(name, Damage::Nonsense(e.to_string()));
         let Format { format } = serde_json::from_slice(text).map_err(damaged)?;
         if format > FORMAT {
             return Err(BackupError::TooNew {

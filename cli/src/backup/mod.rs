@@ -25,6 +25,7 @@ pub mod verify;
 pub mod writer;
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests;
 
 pub use codec::Compression;

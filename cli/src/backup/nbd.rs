@@ -125,7 +125,9 @@ impl NbdClient {
             return Err(protocol("no NBD server"));
         }
         stream.write_all(&CLIENT_FLAGS.to_be_bytes()).await?;
-        let structured = option(&mut stream, OPTION_STRUCTURED_REPLY, &[]).await?.is_some();
+        let structured = option(&mut stream, OPTION_STRUCTURED_REPLY, &[])
+            .await?
+            .is_some();
         let mut has_allocation = false;
         if structured {
             let query = "base:allocation";
@@ -228,7 +230,9 @@ impl NbdClient {
         let mut offset = 0;
         while offset < self.size_bytes {
             let length = (self.size_bytes - offset).min(STATUS_BYTES_MAX) as u32;
-            let answer = self.request(COMMAND_BLOCK_STATUS, offset, length, &[]).await?;
+            let answer = self
+                .request(COMMAND_BLOCK_STATUS, offset, length, &[])
+                .await?;
             let before = offset;
             for (length, state) in answer.extents {
                 if state & STATE_ZERO == 0 {
@@ -321,7 +325,9 @@ fn end(shared: &Shared, error: &io::Error) {
     }
     for (_, pending) in table.pending.drain() {
         // Who asked may be gone.
-        let _ = pending.done.send(Err(io::Error::new(error.kind(), why.clone())));
+        let _ = pending
+            .done
+            .send(Err(io::Error::new(error.kind(), why.clone())));
     }
 }
 
@@ -382,7 +388,9 @@ async fn chunk(
 ) -> io::Result<()> {
     if kind == CHUNK_DATA {
         let offset = reader.read_u64().await?;
-        let length = (length as usize).checked_sub(8).ok_or_else(|| protocol("a short chunk"))?;
+        let length = (length as usize)
+            .checked_sub(8)
+            .ok_or_else(|| protocol("a short chunk"))?;
         let place = place(pending, offset, length)?;
         pending.filled += length;
         return reader.read_exact(&mut pending.data[place]).await.map(drop);
@@ -394,7 +402,9 @@ async fn chunk(
     reader.read_exact(&mut body).await?;
     let number = |at: usize| {
         let bytes = body.get(at..at + 4).and_then(|b| b.try_into().ok());
-        bytes.map(u32::from_be_bytes).ok_or_else(|| protocol("a short chunk"))
+        bytes
+            .map(u32::from_be_bytes)
+            .ok_or_else(|| protocol("a short chunk"))
     };
     match kind {
         CHUNK_NONE => {}
@@ -418,7 +428,9 @@ async fn chunk(
 
 /// Where a chunk's data belong.
 fn place(pending: &Pending, offset: u64, length: usize) -> io::Result<std::ops::Range<usize>> {
-    let start = offset.checked_sub(pending.offset).and_then(|s| usize::try_from(s).ok());
+    let start = offset
+        .checked_sub(pending.offset)
+        .and_then(|s| usize::try_from(s).ok());
     let end = start.and_then(|s| s.checked_add(length));
     match (start, end) {
         (Some(start), Some(end)) if end <= pending.data.len() => Ok(start..end),

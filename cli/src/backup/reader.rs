@@ -81,16 +81,23 @@ async fn one(
         let offset = place.offset + run.start as u64;
         let part = plain.slice(run);
         let length = part.len();
-        target.write(offset, part).await.map_err(|source| BackupError::Volume {
-            doing: format!("write {length} bytes at {offset} of the volume"),
-            source,
-        })?;
+        target
+            .write(offset, part)
+            .await
+            .map_err(|source| BackupError::Volume {
+                doing: format!("write {length} bytes at {offset} of the volume"),
+                source,
+            })?;
     }
     Ok(plain.len() as u64)
 }
 
 /// The content of a segment that must have this length.
-pub(super) async fn segment(repository: &Repository, id: ContentId, length: u32) -> Result<Vec<u8>> {
+pub(super) async fn segment(
+    repository: &Repository,
+    id: ContentId,
+    length: u32,
+) -> Result<Vec<u8>> {
     let plain = repository.content(Kind::Segment, id).await?;
     if plain.len() != length as usize {
         return Err(BackupError::damaged(

@@ -66,7 +66,9 @@ impl Repository {
     /// # Errors
     /// There is none; or the key is missing, wrong or not wanted; or its description is damaged.
     pub async fn open(storage: Storage, secret: Option<&Secret>) -> Result<Self> {
-        let object = storage.get(DESCRIPTION, Kind::Repository.object_bytes_max()).await;
+        let object = storage
+            .get(DESCRIPTION, Kind::Repository.object_bytes_max())
+            .await;
         let object = match object {
             Err(BackupError::Missing(_)) => {
                 return Err(BackupError::NoRepository(storage.url().to_owned()));
@@ -108,9 +110,7 @@ impl Repository {
     /// As [`Repository::open`], or it cannot be made.
     pub async fn open_or_create(storage: Storage, secret: Option<&Secret>) -> Result<Self> {
         match Self::open(storage.clone(), secret).await {
-            Err(BackupError::NoRepository(_)) => {
-                Self::create(storage, secret, SEGMENT_BYTES).await
-            }
+            Err(BackupError::NoRepository(_)) => Self::create(storage, secret, SEGMENT_BYTES).await,
             other => other,
         }
     }
@@ -171,7 +171,10 @@ impl Repository {
 
     /// One manifest.
     pub(super) async fn manifest(&self, name: &str) -> Result<Manifest> {
-        let object = self.storage.get(name, Kind::Manifest.object_bytes_max()).await?;
+        let object = self
+            .storage
+            .get(name, Kind::Manifest.object_bytes_max())
+            .await?;
         let text = self.codec.decode(Kind::Manifest, name, &object)?;
         let manifest = Manifest::parse(name, &text)?;
         if manifest.segment_bytes != self.description.segment_bytes {

@@ -11,7 +11,8 @@ use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
 use object_store::{
-    ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, aws, local, prefix,
+    ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, aws, local,
+    prefix,
 };
 
 use super::error::{BackupError, Damage, Result};
@@ -52,8 +53,11 @@ impl Storage {
             url: url.to_owned(),
             reason,
         };
-        let parsed = url::Url::parse(url)
-            .map_err(|e| wrong(format!("{e}; it is file:///DIRECTORY or s3://BUCKET/PREFIX")))?;
+        let parsed = url::Url::parse(url).map_err(|e| {
+            wrong(format!(
+                "{e}; it is file:///DIRECTORY or s3://BUCKET/PREFIX"
+            ))
+        })?;
         let has_secrets = !parsed.username().is_empty() || parsed.password().is_some();
         if has_secrets || parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(wrong(
@@ -91,7 +95,10 @@ impl Storage {
 
     /// Stores an object, in the place of one of the same name.
     pub(super) async fn put(&self, name: &str, object: Vec<u8>) -> Result<()> {
-        let result = self.store.put(&Path::from(name), PutPayload::from(object)).await;
+        let result = self
+            .store
+            .put(&Path::from(name), PutPayload::from(object))
+            .await;
         result.map(drop).map_err(|e| BackupError::storage(name, e))
     }
 
@@ -99,7 +106,11 @@ impl Storage {
     pub(super) async fn put_new(&self, name: &str, object: Vec<u8>) -> Result<bool> {
         let options = PutOptions::from(PutMode::Create);
         let payload = PutPayload::from(object);
-        match self.store.put_opts(&Path::from(name), payload, options).await {
+        match self
+            .store
+            .put_opts(&Path::from(name), payload, options)
+            .await
+        {
             Ok(_) => Ok(true),
             Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
             Err(e) => Err(BackupError::storage(name, e)),
@@ -111,7 +122,13 @@ impl Storage {
         let failed = |e| BackupError::storage(name, e);
         let answer = self.store.get(&Path::from(name)).await.map_err(failed)?;
         let too_long = |found| {
-            BackupError::damaged(name, Damage::TooLong { found, limit: limit as u64 })
+            BackupError::damaged(
+                name,
+                Damage::TooLong {
+                    found,
+                    limit: limit as u64,
+                },
+            )
         };
         if answer.meta.size > limit as u64 {
             return Err(too_long(answer.meta.size));

@@ -147,7 +147,9 @@ async fn look_for(
     }
     let name = |id| content_name(Kind::Segment, id);
     let missing = missing.into_keys();
-    Ok(missing.map(|id| (id, BackupError::Missing(name(id)))).collect())
+    Ok(missing
+        .map(|id| (id, BackupError::Missing(name(id))))
+        .collect())
 }
 
 /// Reads every segment; returns those that are not as they should be.

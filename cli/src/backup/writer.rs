@@ -83,7 +83,9 @@ pub async fn backup(
     let released = lock.release().await;
     let manifest = result?;
     if let Err(e) = released {
-        tracing::warn!("{e}: a collection of garbage is refused until the lock left behind is stale");
+        tracing::warn!(
+            "{e}: a collection of garbage is refused until the lock left behind is stale"
+        );
     }
     Ok(manifest)
 }
@@ -142,8 +144,14 @@ impl<'a> Writer<'a> {
         let mut pages = Vec::with_capacity(self.geometry.pages() as usize);
         for page in 0..self.geometry.pages() {
             let base = base.get(page as usize).copied();
-            let id = self.page(page, base.unwrap_or(ContentId::NOTHING), &to_read).await?;
-            pages.push(if id.is_nothing() { String::new() } else { id.to_string() });
+            let id = self
+                .page(page, base.unwrap_or(ContentId::NOTHING), &to_read)
+                .await?;
+            pages.push(if id.is_nothing() {
+                String::new()
+            } else {
+                id.to_string()
+            });
         }
         let manifest = Manifest {
             format: FORMAT,
@@ -183,13 +191,20 @@ impl<'a> Writer<'a> {
     fn base_pages(&self) -> Result<Vec<ContentId>> {
         match &self.plan.base {
             Some(base) if base.segment_bytes == self.geometry.segment_bytes => base.page_ids(),
-            Some(_) => Err(BackupError::Mismatch("the base has segments of another size".into())),
+            Some(_) => Err(BackupError::Mismatch(
+                "the base has segments of another size".into(),
+            )),
             None => Ok(Vec::new()),
         }
     }
 
     /// Stores a page and those of its segments that are to be read.
-    async fn page(&mut self, page: u64, base: ContentId, to_read: &SegmentSet) -> Result<ContentId> {
+    async fn page(
+        &mut self,
+        page: u64,
+        base: ContentId,
+        to_read: &SegmentSet,
+    ) -> Result<ContentId> {
         let range = self.geometry.segments_of(page);
         let whole = self.base_has_whole(page);
         let mut touched = to_read.within(range.clone()).peekable();
@@ -201,7 +216,9 @@ impl<'a> Writer<'a> {
         let mut stored = futures::stream::iter(touched)
             .map(async |segment| {
                 let old = before.get((segment - range.start) as usize).copied();
-                let stored = this.segment(segment, old.unwrap_or(ContentId::NOTHING)).await?;
+                let stored = this
+                    .segment(segment, old.unwrap_or(ContentId::NOTHING))
+                    .await?;
                 Ok::<_, BackupError>((segment, stored))
             })
             .buffer_unordered(in_flight(self.geometry.segment_bytes));
@@ -222,7 +239,10 @@ impl<'a> Writer<'a> {
         for (index, id) in news {
             ids[index] = id;
         }
-        let stored = self.repository.store_page(&ids, self.plan.compression).await?;
+        let stored = self
+            .repository
+            .store_page(&ids, self.plan.compression)
+            .await?;
         self.sent_bytes += stored.sent_bytes;
         self.sent_objects += u64::from(stored.sent_bytes > 0);
         Ok(stored.id)
@@ -240,7 +260,9 @@ impl<'a> Writer<'a> {
         let range = self.geometry.segments_of(page);
         let mut ids = match &self.plan.base {
             Some(manifest) if !base.is_nothing() => {
-                self.repository.page(&manifest.geometry(), page, base).await?
+                self.repository
+                    .page(&manifest.geometry(), page, base)
+                    .await?
             }
             _ => Vec::new(),
         };
