@@ -3,6 +3,7 @@
 //! - [`engine`]: the volume session, rules R0-R9, sans-IO.
 //! - [`nbd`]: the NBD protocol's server side, sans-IO.
 //! - [`client`]: reactor threads, connections and metadata access around the two.
+//! - [`extents`]: which bytes of a snapshot have data, or differ from another.
 //! - [`metrics`]: the names of all metrics.
 //! - [`node`]: volumes as devices of this machine's kernel.
 //!
@@ -10,6 +11,7 @@
 
 pub mod client;
 pub mod engine;
+pub mod extents;
 pub mod metrics;
 pub mod nbd;
 pub mod node;

@@ -77,8 +77,11 @@ struct Serve {
     #[arg(long, env = "ASHLAR_METADATA", value_delimiter = ',', required = true)]
     metadata: Vec<String>,
     /// A volume, followed by where to serve it: --socket or --listen. May be repeated.
-    #[arg(long, value_name = "NAME", required = true)]
+    #[arg(long, value_name = "NAME", required_unless_present = "snapshot")]
     volume: Vec<String>,
+    /// A snapshot (name or id), likewise: it is served read-only, whoever has the volume, also if that is deleted.
+    #[arg(long, value_name = "NAME")]
+    snapshot: Vec<String>,
     /// Serve the volume before it on this unix socket (mode 0600).
     #[arg(long, value_name = "PATH")]
     socket: Vec<PathBuf>,
@@ -160,7 +163,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Pairs each --volume with the --socket or --listen that follows it.
+/// Pairs each --volume and --snapshot with the --socket or --listen that follows it.
 fn pair(matches: &clap::ArgMatches, options: &Serve) -> anyhow::Result<Vec<VolumeSpec>> {
     let Some((_, serve)) = matches.subcommand() else {
         bail!("no command")
@@ -170,28 +173,34 @@ fn pair(matches: &clap::ArgMatches, options: &Serve) -> anyhow::Result<Vec<Volum
     places.extend(positions("socket").zip(options.socket.iter().cloned().map(Endpoint::Unix)));
     places.extend(positions("listen").zip(options.listen.iter().copied().map(Endpoint::Tcp)));
     places.sort_by_key(|(at, _)| *at);
-    let volumes: Vec<(usize, &String)> = positions("volume").zip(&options.volume).collect();
+    let of =
+        |kind: &'static str, names| positions(kind).zip(names).map(move |(at, n)| (at, kind, n));
+    let mut volumes: Vec<(usize, &str, &String)> = of("volume", &options.volume)
+        .chain(of("snapshot", &options.snapshot))
+        .collect();
+    volumes.sort_by_key(|(at, _, _)| *at);
     if volumes.len() > usize::from(u16::MAX) - 1 {
         bail!("too many volumes");
     }
     let mut pairs = Vec::with_capacity(volumes.len());
-    for (number, (at, name)) in volumes.iter().enumerate() {
+    for (number, (at, kind, name)) in volumes.iter().enumerate() {
         let end = volumes
             .get(number + 1)
-            .map_or(usize::MAX, |(next, _)| *next);
+            .map_or(usize::MAX, |(next, _, _)| *next);
         let mut own = places
             .iter()
             .filter(|(place, _)| place > at && *place < end);
         let (Some((_, endpoint)), None) = (own.next(), own.next()) else {
-            bail!("--volume {name} must be followed by one --socket or --listen");
+            bail!("--{kind} {name} must be followed by one --socket or --listen");
         };
         pairs.push(VolumeSpec {
             name: (*name).clone(),
+            snapshot: *kind == "snapshot",
             endpoint: endpoint.clone(),
         });
     }
     if pairs.len() != places.len() {
-        bail!("a --socket or --listen stands before the first --volume");
+        bail!("a --socket or --listen stands before the first --volume or --snapshot");
     }
     Ok(pairs)
 }

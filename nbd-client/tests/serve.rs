@@ -49,6 +49,7 @@ impl Cluster {
             metadata: vec!["127.0.0.1:9".into(), self.metadata.address.to_string()],
             volumes: vec![VolumeSpec {
                 name: "vol".into(),
+                snapshot: false,
                 endpoint: Endpoint::Unix(self.directory.path().join("nbd.sock")),
             }],
             read_only: false,

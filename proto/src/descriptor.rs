@@ -15,6 +15,17 @@ pub struct ReplicaDescriptor {
     pub disk: DiskId,
     /// Its state.
     pub state: ReplicaState,
+    /// It may be linked to the parent's replica on its disk (docs/snapshots.md, C3); the store knows.
+    pub inherits: bool,
+}
+
+/// The snapshot that a clone was made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Parent {
+    /// The volume that was cloned.
+    pub volume: VolumeId,
+    /// Its snapshot; never 0.
+    pub number: SnapshotNumber,
 }
 
 /// A volume and its configuration.
@@ -32,14 +43,19 @@ pub struct VolumeDescriptor {
     pub snapshot: SnapshotNumber,
     /// Which snapshots are live.
     pub layers: LayerList,
+    /// Where blocks come from that the volume never wrote (C1).
+    pub parent: Option<Parent>,
     /// Replica groups, in order; chunk `c` belongs to group `c mod groups.len()`.
     pub groups: Vec<Vec<ReplicaDescriptor>>,
     /// Name given by the user, at most 128 bytes of UTF-8.
     pub name: String,
 }
 
-/// Version of the byte form. Version 1 had no revision and no settled number, and there were no snapshots.
-const FORMAT_VERSION: u8 = 2;
+/// Version of the byte form. Version 1 had no revision and no settled number, and there were no snapshots; version 2 had
+/// no parent.
+const FORMAT_VERSION: u8 = 3;
+/// Set in a replica's state: it may be linked.
+const INHERITS: u8 = 0x80;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 128;
 /// Most replica groups of a volume.
@@ -75,13 +91,17 @@ impl VolumeDescriptor {
         for snapshot in &self.layers.live {
             out.put_u32_le(snapshot.0);
         }
+        let parent = self.parent.unwrap_or(Parent::NONE);
+        out.put_slice(&parent.volume.0);
+        out.put_u32_le(parent.number.0);
         out.put_u16_le(self.groups.len() as u16);
         for group in &self.groups {
             assert!(group.len() <= MAX_REPLICAS);
             out.put_u8(group.len() as u8);
             for replica in group {
                 out.put_slice(&replica.disk.0);
-                out.put_u8(replica.state as u8);
+                let inherits = if replica.inherits { INHERITS } else { 0 };
+                out.put_u8(replica.state as u8 | inherits);
             }
         }
         out.put_u8(self.name.len() as u8);
@@ -113,6 +133,12 @@ impl VolumeDescriptor {
             layers.live.push(number);
         }
         layers.check().map_err(|e| DescriptorError(e.0))?;
+        let mut parent = None;
+        if format > 2 {
+            let volume = VolumeId(reader.take()?);
+            let number = SnapshotNumber(u32::from_le_bytes(reader.take()?));
+            parent = Parent::of(volume, number).ok_or(DescriptorError("parent"))?;
+        }
         let count = reader.count(MAX_GROUPS)?;
         let mut groups = Vec::new();
         for _ in 0..count {
@@ -123,9 +149,15 @@ impl VolumeDescriptor {
             let mut group = Vec::with_capacity(replicas);
             for _ in 0..replicas {
                 let disk = DiskId(reader.take()?);
-                let state = ReplicaState::from_u8(reader.take::<1>()?[0])
-                    .ok_or(DescriptorError("replica state"))?;
-                group.push(ReplicaDescriptor { disk, state });
+                let byte = reader.take::<1>()?[0];
+                let inherits = format > 2 && byte & INHERITS != 0;
+                let state = if inherits { byte & !INHERITS } else { byte };
+                let state = ReplicaState::from_u8(state).ok_or(DescriptorError("replica state"))?;
+                group.push(ReplicaDescriptor {
+                    disk,
+                    state,
+                    inherits,
+                });
             }
             groups.push(group);
         }
@@ -143,9 +175,27 @@ impl VolumeDescriptor {
             min_replicas,
             snapshot,
             layers,
+            parent,
             groups,
             name,
         })
+    }
+}
+
+impl Parent {
+    /// No parent, in the byte forms.
+    pub const NONE: Self = Self {
+        volume: VolumeId::NIL,
+        number: SnapshotNumber(0),
+    };
+
+    /// From the fields of a byte form: none if both are 0, an error (`None`) if one is.
+    pub fn of(volume: VolumeId, number: SnapshotNumber) -> Option<Option<Self>> {
+        match (volume.is_nil(), number.0 == 0) {
+            (true, true) => Some(None),
+            (false, false) => Some(Some(Self { volume, number })),
+            _ => None,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::descriptor::{ReplicaDescriptor, VolumeDescriptor};
+use crate::descriptor::{Parent, ReplicaDescriptor, VolumeDescriptor};
 use crate::ids::{
     ChunkIndex, ClientId, DiskId, Epoch, GroupIndex, Incarnation, NodeId, ReplicaState,
     SnapshotNumber, VolumeId,
@@ -22,6 +22,8 @@ pub struct ReplicaView {
     pub incarnation: Incarnation,
     /// Epoch e of R7 while rebuilding, else 0.
     pub rebuild_epoch: Epoch,
+    /// It may be linked to the parent's replica on its disk (docs/snapshots.md, C3).
+    pub inherits: bool,
 }
 
 /// Where a disk is reached.
@@ -64,6 +66,8 @@ pub struct VolumeView {
     pub snapshot_pending: bool,
     /// Which snapshots are live.
     pub layers: LayerList,
+    /// Where blocks come from that the volume never wrote (C1).
+    pub parent: Option<Parent>,
     /// Grows with every change.
     pub revision: u64,
     /// Where the disks of the volume are reached.
@@ -90,6 +94,7 @@ impl VolumeView {
             min_replicas: self.min_replicas,
             snapshot: self.snapshot,
             layers: self.layers.clone(),
+            parent: self.parent,
             groups: self
                 .groups
                 .iter()
@@ -98,6 +103,7 @@ impl VolumeView {
                         .map(|r| ReplicaDescriptor {
                             disk: r.disk,
                             state: r.state,
+                            inherits: r.inherits,
                         })
                         .collect()
                 })
@@ -124,6 +130,7 @@ impl VolumeView {
                         .ok_or(bad("replica.state"))?,
                     incarnation: Incarnation(r.incarnation),
                     rebuild_epoch: Epoch(r.rebuild_epoch),
+                    inherits: false,
                 });
             }
             groups.push(replicas);
@@ -176,6 +183,7 @@ impl VolumeView {
             snapshot: SnapshotNumber(volume.snapshot_number),
             snapshot_pending: volume.snapshot_pending,
             layers,
+            parent: None,
             revision: volume.revision,
             disks: endpoints,
         })

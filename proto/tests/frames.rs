@@ -1,7 +1,7 @@
 //! The data protocol's bytes: golden frames, round trips, and hostile input.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
+use ashlar_proto::descriptor::{Parent, ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::*;
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::*;
@@ -70,14 +70,20 @@ fn descriptor() -> VolumeDescriptor {
             settled: SnapshotNumber(3),
             live: vec![SnapshotNumber(1), SnapshotNumber(3)],
         },
+        parent: Some(Parent {
+            volume: VolumeId([0x55; 16]),
+            number: SnapshotNumber(2),
+        }),
         groups: vec![vec![
             ReplicaDescriptor {
                 disk: DiskId([0x33; 16]),
                 state: ReplicaState::InSync,
+                inherits: true,
             },
             ReplicaDescriptor {
                 disk: DiskId([0x44; 16]),
                 state: ReplicaState::Stale,
+                inherits: false,
             },
         ]],
         name: "pg-data".into(),
@@ -102,6 +108,19 @@ fn every_request() -> Vec<RequestBody> {
         RequestBody::Fence(Fence {
             create: true,
             rebuild_epoch: Epoch(4),
+            link: None,
+        }),
+        RequestBody::Fence(Fence {
+            create: true,
+            rebuild_epoch: Epoch(0),
+            link: Some(FenceLink {
+                parent: Parent {
+                    volume: VolumeId([7; 16]),
+                    number: SnapshotNumber(3),
+                },
+                required: true,
+                whole: false,
+            }),
         }),
         RequestBody::Configure(descriptor()),
         RequestBody::Write(write(2)),
@@ -373,7 +392,7 @@ fn descriptor_has_its_golden_bytes() {
     assert_eq!(
         hex(&bytes),
         concat!(
-            "02",                                 // format version
+            "03",                                 // format version
             "22222222222222222222222222222222",   // volume
             "0600000000000000",                   // epoch
             "0000004000000000",                   // size
@@ -381,9 +400,11 @@ fn descriptor_has_its_golden_bytes() {
             "04000000",                           // number that new writes carry
             "060000000000000003000000",           // layer list: revision, settled
             "02000100000003000000",               // live snapshots
+            "55555555555555555555555555555555",   // parent: volume
+            "02000000",                           // and snapshot
             "0100",                               // groups
             "02",                                 // replicas of group 0
-            "3333333333333333333333333333333302", // in sync
+            "3333333333333333333333333333333382", // in sync, inherits
             "4444444444444444444444444444444400", // stale
             "0770672d64617461",                   // name
         )

@@ -240,6 +240,7 @@ impl Client {
             RequestBody::Fence(Fence {
                 create,
                 rebuild_epoch,
+                link: None,
             }),
         )? {
             ReplyBody::Fence(reply) => Ok(reply),
@@ -270,7 +271,11 @@ fn pattern(seed: u64, blocks: usize) -> Vec<u8> {
 fn descriptor(epoch: u64, disks: &[(DiskId, ReplicaState)]) -> RequestBody {
     let replicas = disks
         .iter()
-        .map(|&(disk, state)| ReplicaDescriptor { disk, state })
+        .map(|&(disk, state)| ReplicaDescriptor {
+            disk,
+            state,
+            inherits: false,
+        })
         .collect();
     RequestBody::Configure(VolumeDescriptor {
         volume: VOLUME,
@@ -279,6 +284,7 @@ fn descriptor(epoch: u64, disks: &[(DiskId, ReplicaState)]) -> RequestBody {
         min_replicas: 1,
         snapshot: SnapshotNumber(0),
         layers: Default::default(),
+        parent: None,
         groups: vec![replicas],
         name: "volume".into(),
     })

@@ -280,6 +280,7 @@ fn a_rebuild_fence_ends_the_damage() {
         epoch: Epoch(2),
         create: false,
         rebuild_epoch: Epoch(2),
+        link: None,
     })
     .unwrap();
     assert!(!h.store.replica(VOLUME).unwrap().damaged);

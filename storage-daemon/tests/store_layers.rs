@@ -61,6 +61,7 @@ fn a_list_is_durable_and_never_goes_back_with_or_without_a_descriptor() {
         min_replicas: 1,
         snapshot: SnapshotNumber(5),
         layers,
+        parent: None,
         groups: vec![],
         name: "v".to_owned(),
     };

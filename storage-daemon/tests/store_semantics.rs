@@ -464,9 +464,11 @@ fn descriptor(epoch: u64, state: ReplicaState) -> VolumeDescriptor {
         min_replicas: 2,
         snapshot: SnapshotNumber(0),
         layers: Default::default(),
+        parent: None,
         groups: vec![vec![ReplicaDescriptor {
             disk: DiskId([2; 16]),
             state,
+            inherits: false,
         }]],
         name: "v".into(),
     }
@@ -480,6 +482,7 @@ fn fences_and_descriptors_are_durable_and_never_go_back() {
         epoch: Epoch(epoch),
         create: false,
         rebuild_epoch: Epoch(rebuild),
+        link: None,
     };
     h.call(fence(4, 4)).unwrap();
     assert_eq!(h.call(fence(3, 0)), Err(StoreError::Fenced(Epoch(4))));

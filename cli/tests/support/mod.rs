@@ -406,6 +406,12 @@ impl Metadata for Service {
                 .ok_or_else(|| Status::not_found("no such snapshot"))
         })
     }
+    async fn view_snapshot(
+        &self,
+        _request: Request<pb::ViewSnapshotRequest>,
+    ) -> Answer<pb::SnapshotView> {
+        Err(Status::unimplemented("reading snapshots"))
+    }
     async fn list_snapshots(
         &self,
         request: Request<pb::ListSnapshotsRequest>,

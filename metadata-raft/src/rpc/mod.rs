@@ -18,6 +18,7 @@ mod repair_loop;
 mod running;
 mod service;
 mod snapshot_loop;
+mod snapshot_view;
 mod snapshots;
 mod taking;
 mod volumes;

@@ -98,6 +98,7 @@ routed! {
     rebuild_replica: pb::RebuildReplicaRequest => pb::Volume;
     move_replica: pb::MoveReplicaRequest => pb::Volume;
     get_snapshot: pb::GetSnapshotRequest => pb::Snapshot;
+    view_snapshot: pb::ViewSnapshotRequest => pb::SnapshotView;
     list_snapshots: pb::ListSnapshotsRequest => pb::ListSnapshotsResponse;
     delete_snapshots: pb::DeleteSnapshotsRequest => pb::DeleteSnapshotsResponse;
     report_held: pb::ReportHeldRequest => pb::ReportHeldResponse;

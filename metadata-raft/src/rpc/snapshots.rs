@@ -373,7 +373,7 @@ fn message(state: &State, view: &View<'_>, snapshot: &Snapshot) -> pb::Snapshot 
     }
 }
 
-fn snapshot_id(bytes: &[u8]) -> std::result::Result<SnapshotId, Status> {
+pub(super) fn snapshot_id(bytes: &[u8]) -> std::result::Result<SnapshotId, Status> {
     convert::id("snapshot_id", bytes, SnapshotId::from_slice)
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ashlar_platform::random;
-use ashlar_proto::ids::{ClientId, ClusterId, DiskId, NodeId, VolumeId};
+use ashlar_proto::ids::{ClientId, ClusterId, DiskId, NodeId, SnapshotId, VolumeId};
 use ashlar_proto::layers::REPORT_TIME;
 use ashlar_proto::rpc::metadata as pb;
 use ashlar_proto::volume::VolumeView;
@@ -39,6 +39,8 @@ pub(super) struct Volume {
     pub node: NodeId,
     pub force: bool,
     pub first_open: bool,
+    /// The snapshot that is read, if it is not the volume itself.
+    pub snapshot: Option<SnapshotId>,
     pub members: Members,
     pub worker: WorkerSender,
     /// Where disks are reached, as last heard.
@@ -50,7 +52,7 @@ pub(super) struct Volume {
 }
 
 impl Volume {
-    async fn tell(&self, event: SessionEvent) {
+    pub(super) async fn tell(&self, event: SessionEvent) {
         self.worker
             .send(ToWorker::Session {
                 index: self.index,
@@ -64,7 +66,11 @@ impl Volume {
     }
 
     /// The engine's view of a volume; remembers where its disks are. `None` if it makes no sense.
-    fn view(&self, volume: Option<&pb::Volume>, disks: &[pb::DiskEndpoint]) -> Option<VolumeView> {
+    pub(super) fn view(
+        &self,
+        volume: Option<&pb::Volume>,
+        disks: &[pb::DiskEndpoint],
+    ) -> Option<VolumeView> {
         {
             let mut known = self.known_disks();
             for disk in disks {
@@ -266,7 +272,10 @@ impl Volume {
     /// The first open (or join); then follows the volume's changes for as long as it is served.
     pub async fn open_and_watch(&self, request: MetadataRequest) {
         self.answer(request).await;
-        self.watch().await;
+        match self.snapshot {
+            Some(snapshot) => self.follow_snapshot(snapshot).await,
+            None => self.watch().await,
+        }
     }
 
     async fn change(&self, request: pb::ChangeReplicasRequest) {
@@ -336,6 +345,9 @@ impl Volume {
 
     /// The volume as the metadata cluster has it, in a linearizable read.
     async fn refresh(&self) -> Option<SessionEvent> {
+        if let Some(snapshot) = self.snapshot {
+            return self.refresh_snapshot(snapshot).await;
+        }
         let volume = match self.get_volume().await {
             Ok(volume) => volume,
             Err(status) if status.code() == Code::NotFound => return Some(SessionEvent::Deleted),

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::attachment::Volume;
-use super::host::{Ended, OpenSpec, Phase, VolumeStatus};
+use super::host::{Ended, OpenSpec, Phase, SnapshotSpec, VolumeStatus};
 use super::messages::{FromWorker, ToWorker, VolumeSetup};
 use super::metadata::Members;
 use super::worker_handle::WorkerSender;
@@ -110,6 +110,7 @@ impl Control {
             node: spec.node,
             force: spec.force,
             first_open: spec.first_open,
+            snapshot: spec.snapshot.map(|s| s.id),
             members: self.members.clone(),
             worker,
             disks: Mutex::default(),
@@ -121,8 +122,13 @@ impl Control {
             volume: volume.id,
             name: spec.name,
             endpoint: spec.endpoint,
-            read_only: spec.read_only,
-            engine: Box::new(engine(&volume, session_number, spec.read_only)),
+            read_only: spec.read_only || spec.snapshot.is_some(),
+            engine: Box::new(engine(
+                &volume,
+                session_number,
+                spec.read_only,
+                spec.snapshot,
+            )),
         };
         let served = Served {
             volume: Arc::new(volume),
@@ -211,7 +217,12 @@ impl Control {
         // Finished tasks are cleared away, so that the set stays small.
         while served.tasks.try_join_next().is_some() {}
         let volume = served.volume.clone();
-        let opens = matches!(request, MetadataRequest::Open | MetadataRequest::Join);
+        // The first question of a session, whatever it is.
+        let opens = match request {
+            MetadataRequest::Open | MetadataRequest::Join => true,
+            MetadataRequest::Confirm => volume.snapshot.is_some(),
+            _ => false,
+        };
         if opens && !served.watching {
             served.watching = true;
             served
@@ -225,11 +236,17 @@ impl Control {
     }
 }
 
-fn engine(volume: &Volume, session_number: u16, read_only: bool) -> Session {
+fn engine(
+    volume: &Volume,
+    session_number: u16,
+    read_only: bool,
+    snapshot: Option<SnapshotSpec>,
+) -> Session {
     let mut config = SessionConfig::new(volume.id, volume.client);
     config.node = volume.node;
     config.session_number = session_number;
-    config.read_only = read_only;
+    config.read_only = read_only || snapshot.is_some();
+    config.snapshot = snapshot.map(|s| s.source);
     Session::new(config, clock::now())
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ashlar_proto::ids::{ClientId, Epoch, NodeId, VolumeId};
+use ashlar_proto::ids::{ClientId, Epoch, NodeId, SnapshotId, VolumeId};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -18,7 +18,7 @@ use super::messages::{Endpoint, PassedSocket, ToWorker};
 use super::metadata::{BadAddress, Members};
 use super::stats::{Statistics, collect_stats};
 use super::worker_handle::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};
-use crate::engine::{ClientError, ClientOp, ClientReply};
+use crate::engine::{ClientError, ClientOp, ClientReply, SnapshotSource};
 
 /// Messages from workers that may wait for the control task.
 const CONTROL_MAX: usize = 4096;
@@ -70,6 +70,17 @@ pub struct OpenSpec {
     pub node: NodeId,
     /// No holder has made its replicas yet, as metadata said before.
     pub first_open: bool,
+    /// Read this snapshot of the volume instead of the volume itself; with `read_only`.
+    pub snapshot: Option<SnapshotSpec>,
+}
+
+/// A snapshot to read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SnapshotSpec {
+    /// Which.
+    pub id: SnapshotId,
+    /// What its reader reads.
+    pub source: SnapshotSource,
 }
 
 /// Where a volume is.

@@ -6,7 +6,7 @@
 //!   `requests`: the NBD requests under way.
 //! - `links`: the worker's connections to disks, shared by its volumes.
 //! - `host`: the volumes of a process, opened and closed at any time. `control`: the task behind it, which
-//!   answers the workers' questions. `serve`: a fixed list of volumes. `attachment`: one volume's dealings with metadata. `metadata`: gRPC with failover. `stats`: the statistics socket.
+//!   answers the workers' questions. `serve`: a fixed list of volumes. `attachment`: one volume's dealings with metadata; `snapshot_reader`: a snapshot's. `metadata`: gRPC with failover. `stats`: the statistics socket.
 //!
 //! Invariants:
 //! - A volume, its NBD connections and its engine live on one worker for good; nothing of them is shared
@@ -23,18 +23,23 @@ mod export_end;
 mod host;
 mod links;
 mod messages;
-mod metadata;
+pub(crate) mod metadata;
 mod peer;
 mod requests;
 mod serve;
+mod snapshot_reader;
 pub mod stats;
 mod worker;
 mod worker_handle;
 
 pub use engine_trait::VolumeEngine;
 pub use host::{
-    Ended, Host, HostConfig, HostError, HostThreads, HostedVolume, OpenSpec, Phase, VolumeStatus,
+    Ended, Host, HostConfig, HostError, HostThreads, HostedVolume, OpenSpec, Phase, SnapshotSpec,
+    VolumeStatus,
 };
 pub use messages::{AskReply, Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
+pub use metadata::BadAddress;
 pub use serve::{Outcome, ServeConfig, ServeError, VolumeSpec, serve};
+pub use snapshot_reader::Unreadable;
+pub(crate) use snapshot_reader::view_snapshot;
 pub use worker_handle::{WorkerConfig, WorkerHandle, WorkerSender, spawn_worker};

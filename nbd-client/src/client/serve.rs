@@ -14,13 +14,16 @@ use tonic::Status;
 use super::host::{Host, HostConfig, HostError, HostedVolume, OpenSpec, Phase};
 use super::messages::Endpoint;
 use super::metadata::Members;
+use super::snapshot_reader::find_snapshot;
 use super::stats;
 
 /// A volume to serve.
 #[derive(Clone, Debug)]
 pub struct VolumeSpec {
-    /// Its name.
+    /// Its name; with `snapshot` that of the snapshot.
     pub name: String,
+    /// It is a snapshot, which is only read.
+    pub snapshot: bool,
     /// Where.
     pub endpoint: Endpoint,
 }
@@ -186,6 +189,13 @@ async fn find_volumes(
     let node = find_node(config.node.as_deref(), members).await?;
     let mut specs = Vec::with_capacity(config.volumes.len());
     for spec in &config.volumes {
+        if spec.snapshot {
+            specs.push(OpenSpec {
+                node,
+                ..snapshot_spec(spec, members).await?
+            });
+            continue;
+        }
         let question = pb::GetVolumeRequest {
             name: spec.name.clone(),
             volume_id: Vec::new(),
@@ -211,9 +221,23 @@ async fn find_volumes(
             force: config.force,
             node,
             first_open: !found.opened_once,
+            snapshot: None,
         });
     }
     Ok(specs)
+}
+
+/// Looks a snapshot up by name or id.
+async fn snapshot_spec(spec: &VolumeSpec, members: &Members) -> Result<OpenSpec, ServeError> {
+    let what = || format!("snapshot {:?}", spec.name);
+    let view = find_snapshot(members, &spec.name)
+        .await
+        .map_err(|status| ServeError::Metadata {
+            what: what(),
+            status: Box::new(status),
+        })?;
+    OpenSpec::of_snapshot(&view, spec.endpoint.clone())
+        .map_err(|why| ServeError::Malformed(format!("{}: {why}", what())))
 }
 
 /// The id of the node that this process runs on; NIL if it is not told or not known.

@@ -51,6 +51,8 @@ pub struct SessionConfig {
     pub retained_bytes_max: u64,
     /// R10: joins the volume's readers instead of holding it. Writes are refused.
     pub read_only: bool,
+    /// Reads this snapshot instead of the head (docs/snapshots.md, S9); with `read_only`.
+    pub snapshot: Option<SnapshotSource>,
     /// Limit of a rebuild's pull in bytes per second; 0 for none.
     pub rebuild_bytes_per_second: u64,
     /// A mistake to make on purpose, for the simulator to catch.
@@ -72,11 +74,21 @@ impl SessionConfig {
             in_flight_bytes_max: 16 * 1024 * 1024,
             retained_bytes_max: 16 * 1024 * 1024,
             read_only: false,
+            snapshot: None,
             rebuild_bytes_per_second: 0,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
         }
     }
+}
+
+/// The snapshot that a session reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SnapshotSource {
+    /// Its number.
+    pub number: SnapshotNumber,
+    /// Size of the volume when it was taken.
+    pub size_bytes: u64,
 }
 
 /// Mistakes that a session makes on request (feature `planted-bugs` only); each breaks one rule.
@@ -389,7 +401,7 @@ pub enum StopReason {
     Superseded,
     /// The open was refused.
     OpenRefused(String),
-    /// The volume was deleted.
+    /// The volume, or the snapshot that is read, was deleted.
     Deleted,
 }
 

@@ -36,6 +36,8 @@ impl Session {
                 self.closed();
             } else if self.role == Role::Preparing && !self.close_asked {
                 self.join_again();
+            } else if self.config.snapshot.is_some() {
+                self.stop(StopReason::Deleted);
             } else {
                 self.stop(StopReason::Superseded);
             }
@@ -46,6 +48,8 @@ impl Session {
             return false;
         }
         let newer = view.epoch > self.epoch;
+        let mut view = view;
+        view.size_bytes = self.seen_size(&view);
         let grown = view.size_bytes > self.view.size_bytes && self.phase == Phase::Serving;
         self.epoch = view.epoch;
         self.view = view;

@@ -175,6 +175,9 @@ impl Session {
         if self.phase != Phase::Draining || !self.ops.is_empty() || !self.rmws.is_empty() {
             return;
         }
+        if self.config.snapshot.is_some() {
+            return self.stop(StopReason::Closed);
+        }
         if self.role == Role::Reader {
             self.phase = Phase::Closing;
             self.closed_clean = true;

@@ -8,7 +8,7 @@
 //! - No byte is returned that does not match its checksum. A block that is bad on every in-sync replica
 //!   is an I/O error.
 
-use ashlar_proto::ids::{BLOCK_SIZE, BlockRange, SnapshotNumber};
+use ashlar_proto::ids::{BLOCK_SIZE, BlockRange};
 use ashlar_proto::wire::{
     BlockInfo, BlockState, Checksums, MAX_PAYLOAD, Payload, Read, ReadReply, RequestBody, Write,
 };
@@ -141,7 +141,7 @@ impl Session {
         }
         let read = Read {
             range,
-            snapshot: SnapshotNumber::HEAD,
+            snapshot: self.read_number(),
             exact_layer: false,
         };
         self.send(peer, Purpose::Read { slot: key }, RequestBody::Read(read));
@@ -295,7 +295,7 @@ impl Session {
                 first: range.first + index,
                 count: 1,
             },
-            snapshot: SnapshotNumber::HEAD,
+            snapshot: self.read_number(),
             version: info.version,
             durable: false,
             checksums: Checksums::from_iter([info.checksum]),

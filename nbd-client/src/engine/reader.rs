@@ -8,6 +8,10 @@
 //! - A volume that was not closed cleanly is held exclusively first, reconciled and closed (R1, R2): only then is
 //!   there anything that every in-sync replica has. That is the work of [`Role::Preparing`].
 //!
+//! A reader of a snapshot (S9) is one that nobody lists and no lease binds: what it reads does not change, every
+//! replica that is in sync in a view that shows the snapshot as live has all of it, and a store does not answer once
+//! the snapshot's layers may have been merged with others.
+//!
 //! | role | becomes |
 //! |---|---|
 //! | Holder | - |
@@ -15,11 +19,12 @@
 //! | Preparing | Reader (closed cleanly, refused or taken over: join again) |
 
 use ashlar_platform::clock::Time;
+use ashlar_proto::ids::SnapshotNumber;
 use ashlar_proto::volume::VolumeView;
 
 use super::api::{
     ClientError, ClientOp, ClientReply, MetadataRequest, PlantedBug, SessionCommand, SessionConfig,
-    StopReason,
+    SnapshotSource, StopReason,
 };
 use super::exclude::Change;
 use super::replica::Link;
@@ -68,6 +73,11 @@ pub(super) fn read_only_answer(op: &ClientOp) -> Result<ClientReply, ClientError
 
 impl Session {
     pub(super) fn ask_join(&mut self) {
+        if self.config.snapshot.is_some() {
+            self.out
+                .push(SessionCommand::Metadata(MetadataRequest::Confirm));
+            return;
+        }
         self.confirmation = Confirmation {
             asked: Some(self.now),
             until: Time(0),
@@ -153,7 +163,7 @@ impl Session {
     }
 
     pub(super) fn on_joined(&mut self, view: VolumeView) {
-        let size_bytes = view.size_bytes;
+        let size_bytes = self.seen_size(&view);
         self.confirmation_answered(&view);
         self.phase = Phase::Serving;
         self.adopt(view);
@@ -171,8 +181,24 @@ impl Session {
         self.pump = true;
     }
 
+    /// The size that the session's user sees.
+    pub(super) fn seen_size(&self, view: &VolumeView) -> u64 {
+        self.config
+            .snapshot
+            .map_or(view.size_bytes, |s| s.size_bytes)
+    }
+
+    /// The number that reads ask for.
+    pub(super) fn read_number(&self) -> SnapshotNumber {
+        let below = |s: SnapshotSource| SnapshotNumber(s.number.0.saturating_sub(1));
+        self.config.snapshot.map_or(SnapshotNumber::HEAD, below)
+    }
+
     /// Whether a configuration leaves the session its place.
     pub(super) fn may_go_on(&self, view: &VolumeView) -> bool {
+        if let Some(source) = self.config.snapshot {
+            return view.layers.live.contains(&source.number);
+        }
         match self.role {
             Role::Holder | Role::Preparing => view.holder == Some(self.config.client),
             Role::Reader => view.holder.is_none() && view.readers.contains(&self.config.client),
@@ -180,7 +206,13 @@ impl Session {
     }
 
     pub(super) fn on_confirmed(&mut self, view: VolumeView) {
-        if self.role != Role::Reader || matches!(self.phase, Phase::Idle | Phase::Asking) {
+        if self.role != Role::Reader || self.phase == Phase::Idle {
+            return;
+        }
+        if self.phase == Phase::Asking {
+            if self.config.snapshot.is_some() {
+                self.on_joined(view);
+            }
             return;
         }
         self.confirmation_answered(&view);
@@ -201,7 +233,7 @@ impl Session {
 
     /// Whether reads may be answered now. Asks metadata where that will soon be doubtful.
     pub(super) fn reader_lease_holds(&mut self) -> bool {
-        if self.planted(PlantedBug::ReadWithoutConfirmation) {
+        if self.config.snapshot.is_some() || self.planted(PlantedBug::ReadWithoutConfirmation) {
             return true;
         }
         let until = self.confirmation.until;

@@ -20,7 +20,10 @@ use std::time::Duration;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{GroupIndex, Incarnation, ReplicaState, Version};
-use ashlar_proto::wire::{Fence, Flush, PullProgress, PullStart, PullState, RequestBody};
+use ashlar_proto::volume::ReplicaView;
+use ashlar_proto::wire::{
+    Fence, FenceLink, Flush, PullProgress, PullStart, PullState, RequestBody,
+};
 
 use super::api::{PlantedBug, ReplicaChange};
 use super::exclude::Change;
@@ -74,6 +77,23 @@ impl Session {
         }
     }
 
+    /// What a replica that is created is linked to (docs/snapshots.md, C3). A disk has one replica of the volume for all
+    /// of its groups there.
+    pub(super) fn link_of(&self, index: u8) -> Option<FenceLink> {
+        let parent = self.view.parent?;
+        let disk = self.peers[index as usize].disk;
+        let replicas = self.view.groups.iter().flatten();
+        let here = replicas.filter(|r| r.disk == disk);
+        let inherits = here.clone().filter(|r| r.inherits);
+        inherits.clone().next()?;
+        let in_sync = |r: &ReplicaView| r.state == ReplicaState::InSync;
+        Some(FenceLink {
+            parent,
+            required: inherits.clone().any(in_sync),
+            whole: here.clone().all(|r| r.inherits && in_sync(r)),
+        })
+    }
+
     fn target_pump(&mut self, g: usize, peer: u8) {
         let Some(member) = self.groups[g].member(peer) else {
             return;
@@ -88,6 +108,7 @@ impl Session {
                 let fence = Fence {
                     create: true,
                     rebuild_epoch: member.rebuild_epoch,
+                    link: self.link_of(peer),
                 };
                 self.set_target(g, peer, TargetPhase::Fencing, true);
                 let purpose = Purpose::TargetFence { group, membership };

@@ -329,6 +329,7 @@ impl Session {
         let body = RequestBody::Fence(Fence {
             create,
             rebuild_epoch: Epoch(0),
+            link: self.link_of(index).filter(|_| create),
         });
         self.send(index, Purpose::Probe, body);
     }

@@ -416,6 +416,13 @@ impl Session {
         }
         self.request_void(peer, purpose);
         match (status, purpose) {
+            (Status::WrongState, Purpose::Read { .. } | Purpose::Digest { .. })
+                if self.config.snapshot.is_some() =>
+            {
+                // Deleted, most likely (S9): metadata knows. If it is not, another replica is read.
+                self.fenced_above(peer);
+                self.fail_peer(peer);
+            }
             (Status::Fenced, _) if fence > self.epoch => self.fenced_above(peer),
             (Status::Fenced, Purpose::Probe) => self.reprobe(peer),
             (Status::Fenced, _) => self.resume_peer(peer),
@@ -537,6 +544,7 @@ fn empty_view(config: &SessionConfig) -> VolumeView {
         snapshot: Default::default(),
         snapshot_pending: false,
         layers: Default::default(),
+        parent: None,
         revision: 0,
         disks: Default::default(),
     }

@@ -132,8 +132,9 @@ impl Session {
     }
 
     pub(super) fn on_digest(&mut self, op: Key, chunk: u32, entries: &Entries) {
+        let newest = self.read_number();
         if let Some(OpKind::Status(map)) = self.ops.get_mut(op).map(|o| &mut o.kind) {
-            for entry in &entries.entries {
+            for entry in entries.entries.iter().filter(|e| e.at.snapshot <= newest) {
                 let allocated = matches!(entry.state, BlockState::Data | BlockState::Bad);
                 map.set(chunk, entry.at.block, entry.version, allocated);
             }

@@ -217,6 +217,7 @@ impl Attachments {
                 force: request.force,
                 node,
                 first_open: !volume.opened_once,
+                snapshot: None,
             })
             .await;
         claim.set(Attachment {

@@ -248,6 +248,7 @@ impl Attachments {
             force: false,
             node: self.node().await?,
             first_open,
+            snapshot: None,
         };
         let hosted = self.shared.host.open(spec).await;
         self.shared

@@ -124,6 +124,7 @@ impl Attachments {
             force: false,
             node: self.node().await?,
             first_open,
+            snapshot: None,
         };
         let hosted = self.shared.host.open(spec).await;
         let served = wait_served(&hosted, OPEN_TIMEOUT).await;

@@ -183,6 +183,7 @@ unserved! {
     move_replica(MoveReplicaRequest) -> Volume;
     create_snapshots(CreateSnapshotsRequest) -> CreateSnapshotsResponse;
     get_snapshot(GetSnapshotRequest) -> Snapshot;
+    view_snapshot(ViewSnapshotRequest) -> SnapshotView;
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse;
     delete_snapshots(DeleteSnapshotsRequest) -> DeleteSnapshotsResponse;
     report_held(ReportHeldRequest) -> ReportHeldResponse;

@@ -10,14 +10,14 @@ use super::codec::FrameError;
 use super::layer_list::{parse_layers, put_layers};
 use super::message::{
     BlockInfo, BlockState, Checksums, ChunkDigest, ChunkDigestList, ChunkDigests, Collect, Cursor,
-    Digest, Entries, Entry, Fence, FenceReply, Flush, Hello, HelloReply, MAX_DATA_BLOCKS,
-    MAX_ENTRIES, MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read, ReadReply,
-    ReplyBody, RequestBody, Trim, Write, WriteOutcome,
+    Digest, Entries, Entry, Fence, FenceLink, FenceReply, Flush, Hello, HelloReply,
+    MAX_DATA_BLOCKS, MAX_ENTRIES, MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read,
+    ReadReply, ReplyBody, RequestBody, Trim, Write, WriteOutcome,
 };
-use crate::descriptor::{DescriptorError, VolumeDescriptor};
+use crate::descriptor::{DescriptorError, Parent, VolumeDescriptor};
 use crate::ids::{
     BLOCK_SIZE, BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex,
-    Incarnation, SnapshotNumber, Version,
+    Incarnation, SnapshotNumber, Version, VolumeId,
 };
 
 /// Longest `host:port`, in bytes.
@@ -29,6 +29,10 @@ pub(super) struct Fields<'a>(&'a [u8]);
 impl<'a> Fields<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     pub(super) fn take(&mut self, length: usize) -> Result<&'a [u8], FrameError> {
@@ -202,6 +206,11 @@ pub(super) fn put_request(body: &RequestBody, out: &mut BytesMut) {
         RequestBody::Fence(fence) => {
             out.put_u8(u8::from(fence.create));
             out.put_u64_le(fence.rebuild_epoch.0);
+            if let Some(link) = fence.link {
+                out.put_slice(&link.parent.volume.0);
+                out.put_u32_le(link.parent.number.0);
+                out.put_u8(u8::from(link.required) | u8::from(link.whole) << 1);
+            }
         }
         RequestBody::Configure(descriptor) => descriptor.encode(out),
         RequestBody::Write(write) | RequestBody::Repair(write) => put_write(write, out),
@@ -313,10 +322,7 @@ pub(super) fn parse_request(
             client: ClientId(f.id()?),
             ticket: Bytes::copy_from_slice(f.short_bytes(MAX_TICKET)?),
         }),
-        2 => RequestBody::Fence(Fence {
-            create: f.boolean()?,
-            rebuild_epoch: Epoch(f.u64()?),
-        }),
+        2 => RequestBody::Fence(parse_fence(&mut f)?),
         3 => RequestBody::Configure(VolumeDescriptor::decode(f.rest()).map_err(descriptor)?),
         4 => RequestBody::Write(parse_write(&mut f, payload)?),
         5 => RequestBody::Trim(Trim {
@@ -368,6 +374,29 @@ pub(super) fn parse_request(
 
 fn descriptor(error: DescriptorError) -> FrameError {
     FrameError::Bounds(error.0)
+}
+
+fn parse_fence(f: &mut Fields<'_>) -> Result<Fence, FrameError> {
+    let create = f.boolean()?;
+    let rebuild_epoch = Epoch(f.u64()?);
+    let mut link = None;
+    if !f.is_empty() {
+        let volume = VolumeId(f.array()?);
+        let number = SnapshotNumber(f.u32()?);
+        let flags = f.u8()?;
+        let parent = Parent::of(volume, number).flatten();
+        let parent = parent.filter(|_| create && flags <= 3);
+        link = Some(FenceLink {
+            parent: parent.ok_or(FrameError::Bounds("link of a replica"))?,
+            required: flags & 1 != 0,
+            whole: flags & 2 != 0,
+        });
+    }
+    Ok(Fence {
+        create,
+        rebuild_epoch,
+        link,
+    })
 }
 
 fn parse_read(f: &mut Fields<'_>) -> Result<Read, FrameError> {

@@ -10,7 +10,7 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::descriptor::VolumeDescriptor;
+use crate::descriptor::{Parent, VolumeDescriptor};
 use crate::ids::{
     BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, RequestId,
     SnapshotNumber, Version, VolumeId,
@@ -117,6 +117,20 @@ pub struct Fence {
     /// Not 0: the replica becomes a rebuild target of this rebuild epoch (R7); equals the request's epoch
     /// or is lower.
     pub rebuild_epoch: Epoch,
+    /// With `create`: a new replica is linked to its parent's on the same disk (docs/snapshots.md, C3).
+    pub link: Option<FenceLink>,
+}
+
+/// See [`Fence::link`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FenceLink {
+    /// What the volume is a clone of.
+    pub parent: Parent,
+    /// Somewhere the replica is in sync: without the parent's on the disk it is not created. Else it is
+    /// created alone then.
+    pub required: bool,
+    /// The replica is in sync wherever it belongs, and so was the parent's.
+    pub whole: bool,
 }
 
 /// A write of whole blocks.

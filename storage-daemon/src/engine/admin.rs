@@ -4,11 +4,12 @@ use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{Epoch, VolumeId};
 use ashlar_proto::wire::Status;
 
+use super::results::status_of;
 use super::{
-    AdminReply, AdminRequest, ChunkStore, DiskEngine, EngineCommand, EngineStatus, Life,
+    AdminReply, AdminRequest, BlockList, ChunkStore, DiskEngine, EngineCommand, EngineStatus, Life,
     ReplicaStatus, Work,
 };
-use crate::store::{ReplicaInfo, StoreRequest};
+use crate::store::{ReplicaInfo, StoreError, StoreReply, StoreRequest};
 
 impl<S: ChunkStore> DiskEngine<S> {
     pub(super) fn on_admin(
@@ -47,6 +48,19 @@ impl<S: ChunkStore> DiskEngine<S> {
                 let request = StoreRequest::PutLayers { volume, layers };
                 self.ask(now, Work::Layers { tag }, request, out);
             }
+            AdminRequest::ListBlocks(list) => {
+                if let Err(status) = self.admit_list(&list) {
+                    let reply = AdminReply::Refused(status);
+                    return out.push(EngineCommand::Admin { tag, reply });
+                }
+                let BlockList {
+                    volume,
+                    epoch,
+                    order,
+                } = list;
+                let work = Work::Blocks { tag, volume, epoch };
+                self.ask(now, work, StoreRequest::ListBlocks { volume, order }, out);
+            }
             AdminRequest::Stop => {
                 if matches!(self.life, Life::Opening | Life::Serving) {
                     self.life = Life::Stopping(false);
@@ -60,6 +74,35 @@ impl<S: ChunkStore> DiskEngine<S> {
                     out.push(EngineCommand::Stopped);
                 }
             }
+        }
+    }
+
+    /// Whether blocks may be listed. Snapshots were flushed everywhere: another incarnation has them still (S10).
+    fn admit_list(&self, list: &BlockList) -> Result<(), Status> {
+        if let Some(status) = self.refusal() {
+            return Err(status);
+        }
+        if self.replicas.get(&list.volume).is_none_or(|r| r.dropping) {
+            return Err(Status::UnknownVolume);
+        }
+        if list.epoch < self.fence_of(list.volume) {
+            return Err(Status::Fenced);
+        }
+        Ok(())
+    }
+
+    /// A part of a list. A fence that was raised meanwhile may be a rebuild's, which changes layers.
+    pub(super) fn blocks_listed(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        result: Result<StoreReply, StoreError>,
+    ) -> AdminReply {
+        match result {
+            Ok(_) if epoch < self.fence_of(volume) => AdminReply::Refused(Status::Fenced),
+            Ok(StoreReply::Blocks(runs)) => AdminReply::Blocks(runs),
+            Ok(_) => AdminReply::Refused(Status::Invalid),
+            Err(error) => AdminReply::Refused(status_of(&error)),
         }
     }
 

@@ -7,7 +7,9 @@ use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire::{PullProgress, Reply, Request, Status};
 
 use crate::metrics::EngineCounters;
-use crate::store::{LayerProgress, ReplicaInfo, StoreIdentity, StoreStats};
+use crate::store::{
+    BlockListOrder, BlockRuns, LayerProgress, ReplicaInfo, StoreIdentity, StoreStats,
+};
 
 /// A connection that a client (or a pulling daemon) opened. Never used again after `ConnClosed`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -127,6 +129,17 @@ pub enum EngineCommand {
     Stopped,
 }
 
+/// What [`AdminRequest::ListBlocks`] asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockList {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Epoch of a view in which the replica is in sync; refused if the fence is above it.
+    pub epoch: Epoch,
+    /// What to list.
+    pub order: BlockListOrder,
+}
+
 /// What the daemon itself asks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum AdminRequest {
@@ -148,6 +161,8 @@ pub enum AdminRequest {
         /// The list.
         layers: LayerList,
     },
+    /// A part of a list of blocks (docs/snapshots.md, S10).
+    ListBlocks(BlockList),
     /// Refuse new requests, finish the others, make everything durable.
     Stop,
 }
@@ -163,6 +178,8 @@ pub enum AdminReply {
     Dropped,
     /// To PutLayers: it is durable, or was not newer.
     LayersKept,
+    /// To ListBlocks.
+    Blocks(BlockRuns),
     /// To Stop, at once; `Stopped` follows.
     Stopping,
     /// Refused.

@@ -30,8 +30,8 @@ use ashlar_proto::wire::{Fence, Reply, ReplyBody, Status};
 use rustc_hash::FxHashMap;
 
 pub use self::api::{
-    AdminReply, AdminRequest, ConnectionId, EngineCommand, EngineEvent, EngineStatus, PeerId,
-    ReplicaStatus,
+    AdminReply, AdminRequest, BlockList, ConnectionId, EngineCommand, EngineEvent, EngineStatus,
+    PeerId, ReplicaStatus,
 };
 use self::fencing::Fencing;
 pub use self::pull::PullFailure;
@@ -155,6 +155,11 @@ enum Work {
     },
     List {
         tag: u64,
+    },
+    Blocks {
+        tag: u64,
+        volume: VolumeId,
+        epoch: Epoch,
     },
     Drop {
         tag: u64,
@@ -377,6 +382,7 @@ fn body_of(reply: StoreReply) -> Option<ReplyBody> {
         StoreReply::Done => ReplyBody::Flush,
         StoreReply::Pulled { .. }
         | StoreReply::Fenced { .. }
+        | StoreReply::Blocks(_)
         | StoreReply::Replica(_)
         | StoreReply::Replicas(_)
         | StoreReply::LayerProgress(_)

@@ -346,6 +346,7 @@ impl<S: ChunkStore> DiskEngine<S> {
                     epoch,
                     create: fence.create,
                     rebuild_epoch: fence.rebuild_epoch,
+                    link: fence.link,
                 }
             }
             Stage::WaitingFence(FenceKind::Configure(descriptor)) => {

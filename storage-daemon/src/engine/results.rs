@@ -25,8 +25,8 @@ pub(super) fn status_of(error: &StoreError) -> Status {
         | StoreError::TooSmall(_) => Status::DiskFailed,
         StoreError::Invalid(_) => Status::Invalid,
         StoreError::Checksum => Status::Checksum,
-        StoreError::UnknownVolume => Status::UnknownVolume,
-        StoreError::SnapshotGone => Status::WrongState,
+        StoreError::UnknownVolume | StoreError::NoParent => Status::UnknownVolume,
+        StoreError::SnapshotGone | StoreError::HasClones => Status::WrongState,
         StoreError::Fenced(_) => Status::Fenced,
     }
 }
@@ -89,6 +89,10 @@ impl<S: ChunkStore> DiskEngine<S> {
                     Ok(_) => AdminReply::Refused(Status::Invalid),
                     Err(error) => AdminReply::Refused(status_of(&error)),
                 };
+                out.push(EngineCommand::Admin { tag, reply });
+            }
+            Work::Blocks { tag, volume, epoch } => {
+                let reply = self.blocks_listed(volume, epoch, result);
                 out.push(EngineCommand::Admin { tag, reply });
             }
             Work::Drop { tag, volume } => {

@@ -3,7 +3,7 @@
 //! Invariant: the bytes say everything that is needed to rebuild the metadata of the volume, and are
 //! independent of the wire's encoding of the same descriptor.
 
-use ashlar_proto::descriptor::{ReplicaDescriptor, VolumeDescriptor};
+use ashlar_proto::descriptor::{Parent, ReplicaDescriptor, VolumeDescriptor};
 use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotNumber, VolumeId};
 use ashlar_proto::layers::LayerList;
 
@@ -11,8 +11,10 @@ use super::FormatError;
 
 /// Most bytes of a descriptor: two areas and two headers fill a slot.
 pub const BODY_BYTES_MAX: usize = 28 * 1024;
-/// Version 1 had no revision and no settled number of the layer list, and no snapshots.
-const BODY_VERSION: u8 = 2;
+/// Version 1 had no revision and no settled number of the layer list, and no snapshots; version 2 had no parent.
+const BODY_VERSION: u8 = 3;
+/// Set in a replica's state: it may be linked to the parent's.
+const INHERITS: u8 = 0x80;
 const NAME_BYTES_MAX: usize = 128;
 
 /// Instead of a version: a layer list without a descriptor.
@@ -99,6 +101,9 @@ pub fn encode_descriptor(d: &VolumeDescriptor) -> Result<Vec<u8>, FormatError> {
     b.extend_from_slice(&(d.groups.len() as u32).to_le_bytes());
     b.extend_from_slice(&d.layers.revision.to_le_bytes());
     b.extend_from_slice(&d.layers.settled.0.to_le_bytes());
+    let parent = d.parent.unwrap_or(Parent::NONE);
+    b.extend_from_slice(&parent.volume.0);
+    b.extend_from_slice(&parent.number.0.to_le_bytes());
     b.extend_from_slice(name);
     for s in &d.layers.live {
         b.extend_from_slice(&s.0.to_le_bytes());
@@ -107,7 +112,7 @@ pub fn encode_descriptor(d: &VolumeDescriptor) -> Result<Vec<u8>, FormatError> {
         b.push(u8::try_from(group.len()).map_err(|_| FormatError::Bounds("group"))?);
         for r in group {
             b.extend_from_slice(&r.disk.0);
-            b.push(r.state as u8);
+            b.push(r.state as u8 | if r.inherits { INHERITS } else { 0 });
         }
     }
     if b.len() > BODY_BYTES_MAX {
@@ -167,6 +172,12 @@ pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> 
         layers.revision = r.u64()?;
         layers.settled = SnapshotNumber(r.u32()?);
     }
+    let mut parent = None;
+    if version > 2 {
+        let volume = VolumeId(r.array()?);
+        let number = SnapshotNumber(r.u32()?);
+        parent = Parent::of(volume, number).ok_or(FormatError::Bounds("parent"))?;
+    }
     let name = std::str::from_utf8(r.bytes(name_bytes)?)
         .map_err(|_| FormatError::Bounds("name"))?
         .to_owned();
@@ -185,9 +196,15 @@ pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> 
         let mut group = Vec::with_capacity(members);
         for _ in 0..members {
             let disk = DiskId(r.array()?);
-            let state =
-                ReplicaState::from_u8(r.u8()?).ok_or(FormatError::Bounds("replica state"))?;
-            group.push(ReplicaDescriptor { disk, state });
+            let byte = r.u8()?;
+            let inherits = version > 2 && byte & INHERITS != 0;
+            let byte = if inherits { byte & !INHERITS } else { byte };
+            let state = ReplicaState::from_u8(byte).ok_or(FormatError::Bounds("replica state"))?;
+            group.push(ReplicaDescriptor {
+                disk,
+                state,
+                inherits,
+            });
         }
         groups.push(group);
     }
@@ -201,6 +218,7 @@ pub fn decode_descriptor(bytes: &[u8]) -> Result<VolumeDescriptor, FormatError> 
         min_replicas,
         snapshot,
         layers,
+        parent,
         groups,
         name,
     })
@@ -223,9 +241,14 @@ mod tests {
                 settled: SnapshotNumber(2),
                 live: vec![SnapshotNumber(1)],
             },
+            parent: Some(Parent {
+                volume: VolumeId([5; 16]),
+                number: SnapshotNumber(6),
+            }),
             groups: vec![vec![ReplicaDescriptor {
                 disk: DiskId([4; 16]),
                 state: ReplicaState::InSync,
+                inherits: true,
             }]],
             name: "db".to_owned(),
         }
@@ -234,16 +257,25 @@ mod tests {
     #[test]
     fn golden_bytes_and_round_trip() {
         let b = encode_descriptor(&example()).unwrap();
-        let mut expected = vec![2, 2, 2, 0, 3, 0, 0, 0];
+        let mut expected = vec![3, 2, 2, 0, 3, 0, 0, 0];
         expected.extend([1; 16]);
         expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
         expected.extend([1, 0, 0, 0, 1, 0, 0, 0]);
         expected.extend([9, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+        expected.extend([5; 16]);
+        expected.extend([6, 0, 0, 0]);
         expected.extend([b'd', b'b', 1, 0, 0, 0, 1]);
         expected.extend([4; 16]);
-        expected.push(2);
+        expected.push(0x82);
         assert_eq!(b, expected);
         assert_eq!(decode_descriptor(&b).unwrap(), example());
+        // Version 2: no parent.
+        expected.drain(60..80);
+        expected[0] = 2;
+        *expected.last_mut().unwrap() = 2;
+        let old = decode_descriptor(&expected).unwrap();
+        assert_eq!((old.parent, &old.layers), (None, &example().layers));
+        assert!(!old.groups[0][0].inherits);
         // Version 1: no layer list but the live numbers, of which there were none.
         expected.drain(48..60);
         expected[0] = 1;
@@ -251,7 +283,7 @@ mod tests {
         expected.drain(50..54);
         let old = decode_descriptor(&expected).unwrap();
         assert_eq!(old.layers, LayerList::default());
-        assert_eq!((old.name, old.groups), (example().name, example().groups));
+        assert_eq!(old.name, example().name);
     }
 
     #[test]

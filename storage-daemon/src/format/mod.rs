@@ -24,7 +24,7 @@ pub use log::{
     peek_header_blocks,
 };
 pub use page::{PAGE_SECTOR_BYTES, PageBlock, PageSector, PageState, StoredState};
-pub use slot::{ReplicaHeader, SLOT_BYTES};
+pub use slot::{Link, ReplicaHeader, SLOT_BYTES};
 pub use superblock::{Geometry, SUPERBLOCK_OFFSETS, Superblock};
 pub use upgrade::{FORMAT_VERSION, check_version};
 

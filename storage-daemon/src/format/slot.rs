@@ -8,7 +8,8 @@
 //!   when one is rotten the other says the same or something that was never answered.
 //! - A body is durable before a header names it: a body that does not match its header is rot.
 
-use ashlar_proto::ids::{Epoch, Incarnation, VolumeId};
+use ashlar_proto::descriptor::Parent;
+use ashlar_proto::ids::{Epoch, Incarnation, SnapshotNumber, VolumeId};
 
 use super::upgrade::{FORMAT_VERSION, check_version};
 use super::{
@@ -43,8 +44,21 @@ pub struct ReplicaHeader {
     pub body_bytes: u32,
     /// crc32c of the descriptor's bytes.
     pub body_checksum: u32,
+    /// What it inherits, if it is linked.
+    pub link: Option<Link>,
     /// The disk's salt.
     pub salt: u32,
+}
+
+/// The tie of a clone's replica to its parent's on the same disk (docs/snapshots.md, C3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Number of the parent's replica on this disk; lower than that of the replica that has the link.
+    pub replica: u64,
+    /// The parent's volume and snapshot.
+    pub parent: Parent,
+    /// The parent's replica was whole, for this snapshot, when the link was made.
+    pub whole: bool,
 }
 
 impl ReplicaHeader {
@@ -72,6 +86,12 @@ impl ReplicaHeader {
         put(&mut b, 80, &self.body_bytes.to_le_bytes());
         put(&mut b, 84, &self.body_checksum.to_le_bytes());
         b[88] = self.body_area;
+        if let Some(link) = &self.link {
+            b[89] = u8::from(link.whole);
+            put(&mut b, 92, &link.parent.number.0.to_le_bytes());
+            put(&mut b, 96, &link.replica.to_le_bytes());
+            put(&mut b, 104, &link.parent.volume.0);
+        }
         let checksum = checksum_with_hole(&b, CHECKSUM_AT);
         put(&mut b, CHECKSUM_AT, &checksum.to_le_bytes());
         b
@@ -87,6 +107,13 @@ impl ReplicaHeader {
             return Err(FormatError::Checksum);
         }
         check_version(u16_at(b, 4))?;
+        let parent = Parent::of(VolumeId(array_at(b, 104)), SnapshotNumber(u32_at(b, 92)));
+        let parent = parent.ok_or(FormatError::Bounds("parent"))?;
+        let link = parent.map(|parent| Link {
+            replica: u64_at(b, 96),
+            parent,
+            whole: b[89] != 0,
+        });
         let header = Self {
             salt: u32_at(b, 12),
             generation: u64_at(b, 16),
@@ -99,12 +126,20 @@ impl ReplicaHeader {
             body_bytes: u32_at(b, 80),
             body_checksum: u32_at(b, 84),
             body_area: b[88],
+            link,
         };
         if header.salt != salt {
             return Err(FormatError::Foreign);
         }
         if header.body_area > 1 || header.body_bytes as usize > super::BODY_BYTES_MAX {
             return Err(FormatError::Bounds("body"));
+        }
+        // So links cannot make a circle.
+        if header
+            .link
+            .is_some_and(|l| l.replica == 0 || l.replica >= header.replica)
+        {
+            return Err(FormatError::Bounds("link"));
         }
         Ok(header)
     }
@@ -127,6 +162,7 @@ mod tests {
             body_area: 1,
             body_bytes: 8,
             body_checksum: 9,
+            link: None,
             salt: 10,
         }
     }
@@ -140,6 +176,39 @@ mod tests {
         assert_eq!(b[88], 1);
         assert_eq!(ReplicaHeader::decode(&b, 10).unwrap(), example());
         assert_eq!(ReplicaHeader::decode(&b, 11), Err(FormatError::Foreign));
+    }
+
+    #[test]
+    fn a_link_has_golden_bytes_and_points_to_an_older_replica() {
+        let linked = |replica| ReplicaHeader {
+            link: Some(Link {
+                replica,
+                parent: Parent {
+                    volume: VolumeId([11; 16]),
+                    number: SnapshotNumber(12),
+                },
+                whole: true,
+            }),
+            ..example()
+        };
+        let b = linked(1).encode();
+        assert_eq!(
+            (&b[89..104], &b[104..121]),
+            (
+                &[1, 0, 0, 12, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..],
+                &[
+                    11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 0
+                ][..]
+            )
+        );
+        assert_eq!(ReplicaHeader::decode(&b, 10).unwrap(), linked(1));
+        for replica in [0, 2, 3] {
+            let b = linked(replica).encode();
+            assert_eq!(
+                ReplicaHeader::decode(&b, 10),
+                Err(FormatError::Bounds("link"))
+            );
+        }
     }
 
     #[test]

@@ -5,16 +5,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ashlar_platform::observe::resident_bytes;
-use ashlar_proto::ids::{DiskId, Epoch, PAGE_SIZE, VolumeId};
+use ashlar_proto::ids::{
+    BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, DiskId, Epoch, GroupIndex, PAGE_SIZE, SnapshotNumber,
+    VolumeId,
+};
 use ashlar_proto::rpc::daemon as pb;
 use ashlar_proto::rpc::daemon::storage_daemon_server::{StorageDaemon, StorageDaemonServer};
 use ashlar_proto::wire;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::daemon::{Daemon, DiskReport};
-use crate::engine::{AdminReply, AdminRequest, ReplicaStatus};
+use crate::engine::{AdminReply, AdminRequest, BlockList, ReplicaStatus};
 use crate::error::DiskError;
 use crate::offline::FormatRequest;
+use crate::store::{BlockListOrder, BlockRun, BlockRuns};
+
+/// Parts of a list of blocks that wait for a slow receiver.
+const PARTS_QUEUE: usize = 1;
 
 /// See the module.
 pub struct AdminService {
@@ -43,6 +52,20 @@ impl AdminService {
 
 #[tonic::async_trait]
 impl StorageDaemon for AdminService {
+    type ListBlocksStream = ReceiverStream<Result<pb::ListBlocksPart, Status>>;
+
+    async fn list_blocks(
+        &self,
+        request: Request<pb::ListBlocksRequest>,
+    ) -> Result<Response<Self::ListBlocksStream>, Status> {
+        let request = request.into_inner();
+        let disk = disk_id(&request.disk_id)?;
+        let list = block_list(&request)?;
+        let (parts, receiver) = mpsc::channel(PARTS_QUEUE);
+        tokio::spawn(stream_blocks(self.daemon.clone(), disk, list, parts));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
     async fn get_status(
         &self,
         _request: Request<pb::GetStatusRequest>,
@@ -134,6 +157,85 @@ impl StorageDaemon for AdminService {
             Err(error) => Err(Status::unavailable(error.to_string())),
         }
     }
+}
+
+/// Streams a list part by part: the next is asked for when the receiver takes the last but one.
+async fn stream_blocks(
+    daemon: Arc<Daemon>,
+    disk: DiskId,
+    mut list: BlockList,
+    parts: mpsc::Sender<Result<pb::ListBlocksPart, Status>>,
+) {
+    loop {
+        let answer = match daemon.admin(disk, AdminRequest::ListBlocks(list)).await {
+            Ok(AdminReply::Blocks(runs)) => Ok(runs),
+            Ok(AdminReply::Refused(status)) => Err(list_refused(status)),
+            Ok(_) => Err(other_kind()),
+            Err(error) => Err(Status::unavailable(error.to_string())),
+        };
+        let next = answer.as_ref().ok().and_then(|runs| runs.next);
+        // A receiver that is gone wants no more.
+        let sent = parts.send(answer.map(|runs| blocks_part(&runs))).await;
+        match next.filter(|_| sent.is_ok()) {
+            Some(next) => list.order.from = next,
+            None => return,
+        }
+    }
+}
+
+fn block_list(request: &pb::ListBlocksRequest) -> Result<BlockList, Status> {
+    let volume = VolumeId::from_slice(&request.volume_id)
+        .ok_or_else(|| Status::invalid_argument("volume_id: must have 16 bytes"))?;
+    let snapshot = if request.head {
+        SnapshotNumber::HEAD
+    } else {
+        SnapshotNumber(request.snapshot_number)
+    };
+    Ok(BlockList {
+        volume,
+        epoch: Epoch(request.epoch),
+        order: BlockListOrder {
+            group: GroupIndex(request.group),
+            group_count: request.group_count,
+            snapshot,
+            base: (request.base_number > 0).then_some(SnapshotNumber(request.base_number)),
+            from: ChunkIndex(request.first_chunk),
+        },
+    })
+}
+
+fn blocks_part(runs: &BlockRuns) -> pb::ListBlocksPart {
+    let extent = |run: &BlockRun| pb::BlockExtent {
+        offset: u64::from(run.range.chunk.0) * CHUNK_SIZE
+            + u64::from(run.range.first) * BLOCK_SIZE as u64,
+        length: run.range.byte_len() as u64,
+        hole: !run.data,
+    };
+    pb::ListBlocksPart {
+        extents: runs.runs.iter().map(extent).collect(),
+        next_chunk: runs.next.map_or(0, |chunk| chunk.0),
+        last: runs.next.is_none(),
+    }
+}
+
+fn list_refused(status: wire::Status) -> Status {
+    match status {
+        wire::Status::Busy => Status::unavailable("the disk is busy; try again"),
+        wire::Status::WrongState => Status::failed_precondition(
+            "the snapshot, or the one that it is compared with, is deleted: nothing is listed of it any more",
+        ),
+        wire::Status::Invalid => Status::invalid_argument(
+            "snapshot_number, base_number: a snapshot's number is at least 1 and above that of its base; group: below group_count",
+        ),
+        wire::Status::Fenced | wire::Status::IncarnationMismatch | wire::Status::UnknownVolume => {
+            Status::aborted(format!("{status}: get a new view of the volume"))
+        }
+        other => Status::unavailable(format!("{other}: try another replica")),
+    }
+}
+
+fn other_kind() -> Status {
+    Status::internal("the disk's engine gave an answer of another kind")
 }
 
 fn disk_id(bytes: &[u8]) -> Result<DiskId, Status> {

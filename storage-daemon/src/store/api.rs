@@ -21,7 +21,8 @@ use std::time::Duration;
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
 use ashlar_proto::descriptor::VolumeDescriptor;
 use ashlar_proto::ids::{
-    ChunkIndex, ClusterId, DiskId, Epoch, Incarnation, SnapshotNumber, Version, VolumeId,
+    BlockRange, ChunkIndex, ClusterId, DiskId, Epoch, GroupIndex, Incarnation, SnapshotNumber,
+    Version, VolumeId,
 };
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::wire;
@@ -156,6 +157,39 @@ pub struct StoreIdentity {
     pub bad_blocks: u64,
 }
 
+/// What [`StoreRequest::ListBlocks`] lists.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockListOrder {
+    /// Only chunks of this group...
+    pub group: GroupIndex,
+    /// ...of so many.
+    pub group_count: u32,
+    /// The snapshot; [`SnapshotNumber::HEAD`]: what the volume shows now.
+    pub snapshot: SnapshotNumber,
+    /// An older snapshot to compare with; `None`: every block with data is listed.
+    pub base: Option<SnapshotNumber>,
+    /// First chunk.
+    pub from: ChunkIndex,
+}
+
+/// Neighbouring blocks of one kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockRun {
+    /// Where.
+    pub range: BlockRange,
+    /// They have data; false: they read as zeroes and did not in the base.
+    pub data: bool,
+}
+
+/// A part of a list.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct BlockRuns {
+    /// Ascending.
+    pub runs: Vec<BlockRun>,
+    /// Where the next part begins; `None`: this was the last.
+    pub next: Option<ChunkIndex>,
+}
+
 /// A request to a store.
 #[derive(Clone, Debug)]
 pub enum StoreRequest {
@@ -215,6 +249,13 @@ pub enum StoreRequest {
         /// What to list.
         digests: wire::ChunkDigests,
     },
+    /// S10: blocks that a snapshot shows data in, or that differ from an older one's.
+    ListBlocks {
+        /// The volume.
+        volume: VolumeId,
+        /// What to list.
+        order: BlockListOrder,
+    },
     /// R8: as Write, but also applied at equal version, and over bad blocks of unknown version.
     Repair {
         /// The volume.
@@ -244,6 +285,8 @@ pub enum StoreRequest {
         create: bool,
         /// Not 0: rebuild target of this epoch. 0 leaves it as it is.
         rebuild_epoch: Epoch,
+        /// C3: what a replica that is created is linked to.
+        link: Option<wire::FenceLink>,
     },
     /// R0: store the configuration durably, and fence at its epoch. A descriptor of a lower epoch than
     /// the stored one is refused. Of its layer list and the replica's the one of the higher revision stays.
@@ -313,6 +356,8 @@ pub enum StoreReply {
     Entries(wire::Entries),
     /// To ChunkDigests.
     ChunkDigests(wire::ChunkDigestList),
+    /// To ListBlocks.
+    Blocks(BlockRuns),
     /// To PullApply: how many blocks changed.
     Pulled {
         /// Blocks written or removed.
@@ -452,6 +497,12 @@ pub enum StoreError {
     /// No replica of this volume.
     #[error("no replica of this volume")]
     UnknownVolume,
+    /// A replica of a clone without its parent's on this disk (docs/snapshots.md, C3).
+    #[error("the parent volume has no replica on this disk")]
+    NoParent,
+    /// DropReplica of what clones on this disk inherit from (C6).
+    #[error("clones on this disk need the replica; flatten them, or delete them")]
+    HasClones,
     /// A read of a snapshot that is deleted (docs/snapshots.md, S9).
     #[error("the snapshot is deleted")]
     SnapshotGone,

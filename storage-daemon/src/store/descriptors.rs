@@ -19,7 +19,7 @@ use super::replica::Replica;
 use super::space::block_of;
 use super::sync::{SuperblockAction, SyncAction};
 use super::{Store, Target};
-use crate::format::{Body, ReplicaHeader, SECTOR, encode_body};
+use crate::format::{Body, Link, ReplicaHeader, SECTOR, encode_body};
 
 /// Most changes that share one round of syncs.
 const GROUP_MAX: usize = 256;
@@ -127,7 +127,7 @@ impl Store {
             damaged: r.header.sound < self.superblock.damage_incarnation,
             watermark: r.watermark,
             highest: r.highest,
-            written: r.highest > Version::ZERO,
+            written: r.highest > Version::ZERO || r.base.is_some(),
             pages: r.pages,
             chunks: r.chunks.len() as u64,
             descriptor: r.descriptor.clone(),
@@ -161,6 +161,7 @@ impl Store {
             let volume = volume_of(&request);
             let dropping = matches!(request, StoreRequest::DropReplica { .. });
             if seen.contains(&volume)
+                || self.waits_for_link(&request)
                 || self.admin.group.len() >= GROUP_MAX
                 || (dropping && !(self.burst.is_idle() && self.merge.is_idle()))
             {
@@ -190,6 +191,21 @@ impl Store {
         }
     }
 
+    /// A link and the dropping of what it leads to are never in one group.
+    fn waits_for_link(&self, request: &StoreRequest) -> bool {
+        let mut group = self.admin.group.iter();
+        match request {
+            StoreRequest::PutFence { link: Some(l), .. } => {
+                let parent = self.index.by_volume.get(&l.parent.volume);
+                group.any(|i| i.kind == Kind::Drop && Some(&i.slot) == parent)
+            }
+            StoreRequest::DropReplica { volume } => {
+                group.any(|i| i.header.link.is_some_and(|l| l.parent.volume == *volume))
+            }
+            _ => false,
+        }
+    }
+
     /// What a request changes; `None`: nothing.
     fn plan_admin(&mut self, tag: u64, request: StoreRequest) -> Result<Option<Item>, StoreError> {
         let volume = volume_of(&request);
@@ -205,12 +221,13 @@ impl Store {
             epoch,
             create: true,
             rebuild_epoch,
+            link,
             ..
         } = &request
             && current.is_none()
         {
             let slot = self.free_slot().ok_or(StoreError::NoSpace)?;
-            let header = ReplicaHeader {
+            let mut header = ReplicaHeader {
                 replica: self.superblock.next_replica,
                 volume,
                 fence: *epoch,
@@ -221,6 +238,7 @@ impl Store {
                 generation: 1,
                 ..ReplicaHeader::default()
             };
+            self.plan_link(&mut header, *link)?;
             self.superblock.next_replica += 1;
             return Ok(Some(Item {
                 tag,
@@ -247,6 +265,9 @@ impl Store {
                 if rebuild_epoch > Epoch(0) {
                     header.rebuild_epoch = rebuild_epoch;
                     header.sound = incarnation;
+                    // What has lost its parent's replica is rebuilt as one that never had it.
+                    let tied = |l: &Link| self.index.base_of(l).is_some();
+                    header.link = header.link.filter(tied);
                 }
                 kind = Kind::Fence;
             }
@@ -286,6 +307,9 @@ impl Store {
             }
             StoreRequest::ClearSuspect { .. } => header.trusted = incarnation,
             StoreRequest::DropReplica { .. } => {
+                if self.index.has_clones(slot) {
+                    return Err(StoreError::HasClones);
+                }
                 let generation = header.generation;
                 header = ReplicaHeader {
                     generation,
@@ -407,7 +431,12 @@ impl Store {
                 self.release_later(pages);
                 return Self::reply(out, item.tag, Ok(StoreReply::Done));
             }
-            Kind::Create => self.index.add(Replica::new(item.slot, item.header)),
+            Kind::Create => {
+                let base = item.header.link.and_then(|l| self.index.base_of(&l));
+                let mut replica = Replica::new(item.slot, item.header);
+                replica.base = base;
+                self.index.add(replica);
+            }
             Kind::Change | Kind::Fence => {
                 if let Some(r) = self.index.by_slot_mut(item.slot) {
                     r.header = item.header;

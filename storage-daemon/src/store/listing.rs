@@ -4,6 +4,7 @@
 //! - A listing is answered after every record that it may show is on the device.
 //! - A part ends at a chunk whose sectors are not cached rather than holding many chunks at once; the
 //!   first chunk of a part waits for its sectors, so that each part makes progress.
+//! - What a clone's replica inherits was durable everywhere when it was cloned: it is nothing for reconciliation.
 //! - Equal digests mean equal (layer, block, version, state), on every release that speaks protocol 1.
 
 use ashlar_proto::ids::{BLOCKS_PER_CHUNK, ChunkIndex, SnapshotNumber, Version, VolumeId};
@@ -21,9 +22,9 @@ use super::{Parked, Store};
 const CHUNKS_PER_PART: usize = 64;
 
 /// What a listing found: an answer, or sectors to read first.
-type Listed = Result<StoreReply, Stop>;
+pub(super) type Listed = Result<StoreReply, Stop>;
 
-enum Stop {
+pub(super) enum Stop {
     Refuse(StoreError),
     Sectors(SmallVec<[u32; 8]>),
 }
@@ -65,6 +66,10 @@ impl Store {
                 let (volume, d) = (*volume, *digests);
                 self.list_digests(volume, (d.group.0, d.group_count), d.from.0)
             }
+            StoreRequest::ListBlocks { volume, order } => {
+                let (volume, order) = (*volume, *order);
+                self.list_blocks(volume, &order)
+            }
             _ => Err(Stop::Refuse(StoreError::Invalid("not a listing"))),
         };
         match listed {
@@ -92,7 +97,7 @@ impl Store {
     }
 
     /// Chunks of a group from `from` on that may have something above `above`.
-    fn chunks_of(
+    pub(super) fn chunks_of(
         &self,
         volume: VolumeId,
         group: (u32, u32),
@@ -103,27 +108,48 @@ impl Store {
             .index
             .replica(volume)
             .ok_or(Stop::Refuse(StoreError::UnknownVolume))?;
+        if replica.base.is_some() && !self.inherits_intact(replica) {
+            return Err(Stop::Refuse(StoreError::SnapshotGone));
+        }
         if group.1 == 0 || group.0 >= group.1 {
             return Err(Stop::Refuse(StoreError::Invalid("group")));
         }
-        let chunks = replica.chunks.range(from..);
-        let chunks =
-            chunks.filter(|(i, c)| **i % group.1 == group.0 && above.is_none_or(|w| c.highest > w));
-        Ok((
-            replica.slot,
-            chunks.map(|(i, _)| *i).take(CHUNKS_PER_PART + 1).collect(),
-        ))
+        let of_group = |i: &u32| *i % group.1 == group.0;
+        let own = replica.chunks.range(from..);
+        let own = own.filter(|(i, c)| of_group(i) && above.is_none_or(|w| c.highest > w));
+        let mut chunks: Vec<u32> = own.map(|(i, _)| *i).take(CHUNKS_PER_PART + 1).collect();
+        if above.is_none() && replica.base.is_some() {
+            for base in self.index.bases(replica.slot) {
+                let parent = self.index.by_slot(base.slot);
+                let theirs = parent.into_iter().flat_map(|p| p.chunks.range(from..));
+                let theirs = theirs.filter(|(i, c)| of_group(i) && c.has_below(base.number));
+                chunks.extend(theirs.map(|(i, _)| *i).take(CHUNKS_PER_PART + 1));
+            }
+            chunks.sort_unstable();
+            chunks.dedup();
+            chunks.truncate(CHUNKS_PER_PART + 1);
+        }
+        Ok((replica.slot, chunks))
     }
 
-    /// Every (canonical layer, block) of a chunk that is not absent, ascending.
-    fn chunk_entries(&mut self, slot: u32, chunk: u32) -> Result<Vec<Entry>, SmallVec<[u32; 8]>> {
+    /// Every (canonical layer, block) of a chunk that is not absent, ascending; what is inherited is in the lowest.
+    fn chunk_entries(
+        &mut self,
+        slot: u32,
+        chunk: u32,
+        inherited: bool,
+    ) -> Result<Vec<Entry>, SmallVec<[u32; 8]>> {
         let mut need: SmallVec<[u32; 8]> = SmallVec::new();
         let mut entries = Vec::new();
         let mut layers: SmallVec<[u32; 8]> = SmallVec::new();
-        if let Some(r) = self.index.by_slot(slot)
-            && let Some(c) = r.chunks.get(&chunk)
-        {
-            layers.extend(c.layers.iter().map(|l| r.canonical(l.number)));
+        let mut pages = 0;
+        if let Some(r) = self.index.by_slot(slot) {
+            if inherited && r.base.is_some() {
+                pages = self.index.inherited_pages(slot, chunk);
+                layers.push(r.canonical(0));
+            }
+            let own = r.chunks.get(&chunk).map_or(&[][..], |c| &c.layers);
+            layers.extend(own.iter().map(|l| r.canonical(l.number)));
             layers.dedup();
         }
         for layer in layers {
@@ -135,11 +161,17 @@ impl Store {
                     layer,
                     block,
                 };
-                if block.is_multiple_of(16) && self.page_is_vacant(key) {
+                let here = pages & (1 << key.page().page) != 0;
+                if block.is_multiple_of(16) && !here && self.page_is_vacant(key) {
                     block += 16;
                     continue;
                 }
-                match self.resolve_in_class(key) {
+                let found = if inherited {
+                    self.resolve_in_class(key)
+                } else {
+                    self.resolve_own_class(key)
+                };
+                match found {
                     Err(sectors) => {
                         need.push(sectors);
                         block = (block / 16 + 1) * 16;
@@ -214,7 +246,7 @@ impl Store {
             if seen == CHUNKS_PER_PART {
                 return stop(entries, here);
             }
-            let listed = match self.chunk_entries(slot, *chunk) {
+            let listed = match self.chunk_entries(slot, *chunk, above.is_none()) {
                 Ok(listed) => listed,
                 Err(need) if seen == 0 => return Err(Stop::Sectors(need)),
                 Err(_) => return stop(entries, here),
@@ -244,7 +276,7 @@ impl Store {
             if seen == CHUNKS_PER_PART {
                 return Ok(StoreReply::ChunkDigests(ChunkDigestList { chunks, next }));
             }
-            match self.chunk_entries(slot, *chunk) {
+            match self.chunk_entries(slot, *chunk, true) {
                 Ok(entries) if entries.is_empty() => {}
                 Ok(entries) => chunks.push(ChunkDigest {
                     chunk: ChunkIndex(*chunk),

@@ -22,8 +22,10 @@
 
 mod allocator;
 mod api;
+mod block_list;
 mod burst;
 mod cache;
+mod clones;
 mod descriptors;
 mod discard;
 mod index;
@@ -305,7 +307,8 @@ impl Store {
             StoreRequest::Read { .. } => self.execute_read(p, out),
             StoreRequest::Collect { .. }
             | StoreRequest::Digest { .. }
-            | StoreRequest::ChunkDigests { .. } => self.execute_listing(p, out),
+            | StoreRequest::ChunkDigests { .. }
+            | StoreRequest::ListBlocks { .. } => self.execute_listing(p, out),
             StoreRequest::Flush {
                 volume,
                 watermark,

@@ -67,6 +67,9 @@ impl Store {
             // Of a snapshot that is deleted: what it showed may be merged with what came later (S9).
             return Self::reply(out, p.tag, Err(StoreError::SnapshotGone));
         }
+        if replica.base.is_some() && !self.inherits_intact(replica) {
+            return Self::reply(out, p.tag, Err(StoreError::SnapshotGone));
+        }
         read.snapshot = canonical;
         if self.reads.len() >= READS_MAX {
             return Self::reply(out, p.tag, Err(StoreError::Busy));

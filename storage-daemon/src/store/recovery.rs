@@ -509,6 +509,7 @@ impl Store {
     }
 
     fn renew_superblock(&mut self, r: &mut Recovery) {
+        r.damage |= self.tie_links();
         let rebooted = self.superblock.boot_id != self.boot_id && !self.superblock.clean;
         if rebooted || r.damage {
             self.superblock.incarnation.0 += 1;

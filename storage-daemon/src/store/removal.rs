@@ -2,6 +2,7 @@
 //!
 //! Invariants:
 //! - A trim never looks at home pages: its tombstone hides what is older, wherever that is.
+//! - What a clone inherits comes back where its own becomes absent: there a tombstone is put instead (C5).
 //! - The merge decides per block when it is applied: local versions of the rebuild's epoch win by version,
 //!   for older ones the source is the truth, also where the version here is higher or the source has nothing.
 //! - Records of tombstones stay a bounded share of the log, since they are logged again at write-back.
@@ -112,8 +113,10 @@ impl Store {
             return Stop::Refuse(StoreError::UnknownVolume);
         };
         let (slot, number) = (replica.slot, replica.header.replica);
+        // Nothing must not become what is inherited: there a tombstone says so.
+        let lowest = replica.base.map(|_| replica.canonical(0));
         let mut need: SmallVec<[u32; 8]> = SmallVec::new();
-        let mut apply: SmallVec<[usize; 32]> = SmallVec::new();
+        let mut apply: SmallVec<[(usize, Option<Version>); 32]> = SmallVec::new();
         let mut behind = 0;
         for (i, b) in blocks.iter().enumerate() {
             let key = BlockKey {
@@ -134,8 +137,13 @@ impl Store {
                     let own = local.version.epoch >= *rebuild_epoch && !local.unversioned;
                     let differs =
                         local.unversioned || (local.state, local.version) != (b.state, b.version);
+                    let hides = b.state == BlockState::Absent && Some(b.snapshot.0) == lowest;
+                    if hides && local.state == BlockState::Tombstone {
+                        continue;
+                    }
+                    let hides = hides.then(|| local.version.max(Version::new(0, 1)));
                     if (own && b.version > local.version) || (!own && differs) {
-                        apply.push(i);
+                        apply.push((i, hides));
                     }
                 }
             }
@@ -155,21 +163,27 @@ impl Store {
             self.ack_after(behind, ack, out);
             return Stop::Done;
         }
-        let chosen = apply.iter().map(|i| &blocks[*i]);
+        let chosen = apply
+            .iter()
+            .map(|(i, hides)| (&blocks[*i], hides.is_some()));
         let stale = chosen
             .clone()
-            .map(|b| self.stale_layers(slot, block_range(*chunk, b.block), b.snapshot))
+            .map(|(b, _)| self.stale_layers(slot, block_range(*chunk, b.block), b.snapshot))
             .collect::<Vec<_>>();
         let erasures = stale.iter().map(|layers| layers.len()).sum();
         if let Err(stop) = self.admit_pull(slot, chunk.0, chosen, erasures) {
             return stop;
         }
-        for (i, layers) in apply.into_iter().zip(stale) {
+        for ((i, hides), layers) in apply.into_iter().zip(stale) {
             for layer in layers {
                 let range = block_range(*chunk, blocks[i].block);
                 self.append_erase(slot, number, range, layer, |_| true);
             }
             self.append_pulled(slot, number, *chunk, &blocks[i]);
+            if let Some(version) = hides {
+                let range = block_range(*chunk, blocks[i].block);
+                self.append_trim(slot, number, range, blocks[i].snapshot, version);
+            }
         }
         self.log.open.acks.push(ack);
         Stop::Done
@@ -179,12 +193,12 @@ impl Store {
         &self,
         slot: u32,
         chunk: u32,
-        blocks: impl Iterator<Item = &'a super::api::PullBlock>,
+        blocks: impl Iterator<Item = (&'a super::api::PullBlock, bool)>,
         erasures: usize,
     ) -> Result<(), Stop> {
         let (mut data, mut records, mut trims) = (0, erasures, 0);
         let mut pages: SmallVec<[PageKey; 16]> = SmallVec::new();
-        for b in blocks {
+        for (b, hides) in blocks {
             records += 2;
             match b.state {
                 BlockState::Data | BlockState::Bad => {
@@ -201,7 +215,7 @@ impl Store {
                     }
                 }
                 BlockState::Tombstone => trims += 1,
-                BlockState::Absent => {}
+                BlockState::Absent => trims += u64::from(hides),
             }
         }
         pages.sort_unstable();

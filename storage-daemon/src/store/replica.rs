@@ -14,6 +14,7 @@ use ashlar_proto::ids::{SnapshotNumber, Version};
 use ashlar_proto::layers::LayerList;
 use smallvec::SmallVec;
 
+use super::clones::Base;
 use super::index::PageKey;
 use super::tombstones::Tombstones;
 use crate::format::ReplicaHeader;
@@ -127,6 +128,12 @@ impl Chunk {
         &mut self.layers[at]
     }
 
+    /// Whether a layer below a number may hold something.
+    pub(super) fn has_below(&self, number: u32) -> bool {
+        let below = self.between(0, number.saturating_sub(1));
+        below.iter().any(|l| !l.is_empty())
+    }
+
     fn has_garbage(&self, list: &LayerList) -> bool {
         let canonical = |l: &Layer| list.canonical(SnapshotNumber(l.number)).0 == l.number;
         !self.layers.iter().all(canonical)
@@ -149,6 +156,8 @@ pub(super) struct Replica {
     pub(super) descriptor: Option<VolumeDescriptor>,
     /// The newest layer list; that of the descriptor, if there is one.
     pub(super) layers: LayerList,
+    /// Where the header's link leads.
+    pub(super) base: Option<Base>,
     pub(super) watermark: Version,
     pub(super) forget_below: Version,
     pub(super) highest: Version,
@@ -169,6 +178,7 @@ impl Replica {
             header,
             descriptor: None,
             layers: LayerList::default(),
+            base: None,
             watermark: Version::ZERO,
             forget_below: Version::ZERO,
             highest: Version::ZERO,

@@ -191,6 +191,13 @@ impl Store {
         self.resolve_from(key, floor)
     }
 
+    /// Likewise, of what the replica has itself.
+    pub(super) fn resolve_own_class(&mut self, key: BlockKey) -> Result<Resolved, u32> {
+        let floor = self.index.by_slot(key.slot);
+        let floor = floor.map_or(0, |r| r.oldest_of_class(key.layer));
+        self.find_own(key, floor).map(|(found, _)| found)
+    }
+
     /// The state that a reader sees; the read's number is canonical.
     pub(super) fn resolve(
         &mut self,
@@ -222,6 +229,21 @@ impl Store {
     }
 
     fn find_from(&mut self, key: BlockKey, floor: u32) -> Result<(Resolved, u32), u32> {
+        let (found, at) = self.find_own(key, floor)?;
+        let linked = self
+            .index
+            .by_slot(key.slot)
+            .is_some_and(|r| r.base.is_some());
+        if found.state != BlockState::Absent || floor > 0 || !linked {
+            return Ok((found, at));
+        }
+        let inherited = self.inherited(key)?;
+        let batch = found.batch.max(inherited.batch);
+        Ok((Resolved { batch, ..inherited }, 0))
+    }
+
+    /// Likewise, of what the replica has itself.
+    pub(super) fn find_own(&mut self, key: BlockKey, floor: u32) -> Result<(Resolved, u32), u32> {
         let nothing = Ok((ABSENT, key.layer));
         let Some(replica) = self.index.by_slot(key.slot) else {
             return nothing;

@@ -389,19 +389,26 @@ impl Store {
     fn relog_tombstones(&mut self, burst: &Burst) {
         let batch = self.log.next_sequence;
         for &(slot, chunk, layer) in &burst.touched {
+            let Some(replica) = self.index.by_slot(slot) else {
+                continue;
+            };
+            let (number, rebuilding) = (replica.header.replica, replica.header.rebuild_epoch);
+            let unsettled = self
+                .index
+                .inherits_unsettled(slot, self.superblock.damage_incarnation);
+            let inherited = self.index.inherited_pages(slot, chunk);
             let Some(replica) = self.index.by_slot_mut(slot) else {
                 continue;
             };
-            let number = replica.header.replica;
-            // A rebuild target may still be given what lies beneath.
-            let below = match replica.header.rebuild_epoch {
-                Epoch(0) => replica.forget_below,
+            // A rebuild target may still be given what lies beneath, and so may those that it inherits from.
+            let below = match rebuilding {
+                Epoch(0) if !unsettled => replica.forget_below,
                 _ => Version::ZERO,
             };
             // Layers above count as well: until all replicas have one list, an older block may bear a higher number.
             let layers = replica.chunks.get(&chunk).map(|c| &c.layers);
             let others = layers.into_iter().flatten().filter(|l| l.number != layer);
-            let occupied = others.fold(0, |mask, l| mask | l.occupied());
+            let occupied = others.fold(inherited, |mask, l| mask | l.occupied());
             let keep = |e: &Extent| {
                 let pages = e.first / BLOCKS_PER_PAGE as u16..=(e.end - 1) / BLOCKS_PER_PAGE as u16;
                 let alone = pages.into_iter().all(|page| occupied & (1 << page) == 0);

@@ -185,7 +185,10 @@ impl Store {
         if version > replica.highest && mode == Mode::Write {
             return Judgement::Accept;
         }
-        if self.index.overlay(key).is_none() && self.index.others_of_class(key).is_empty() {
+        if self.index.overlay(key).is_none()
+            && self.index.others_of_class(key).is_empty()
+            && replica.base.is_none()
+        {
             let layer = replica.layer(key.chunk, key.layer);
             let covered = layer.and_then(|l| l.tombstones.covering(key.block));
             if covered.is_none() && version > replica.home_highest {

@@ -409,6 +409,7 @@ impl Harness {
             epoch: Epoch(epoch),
             create: true,
             rebuild_epoch: Epoch(0),
+            link: None,
         });
         assert!(matches!(reply, Ok(StoreReply::Fenced { .. })), "{reply:?}");
     }

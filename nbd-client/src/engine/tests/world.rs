@@ -165,6 +165,7 @@ impl World {
                 state: ReplicaState::InSync,
                 incarnation: Incarnation(0),
                 rebuild_epoch: Epoch(0),
+                inherits: false,
             })
             .collect();
         let endpoints = disks.iter().enumerate().map(|(i, d)| {
@@ -189,6 +190,7 @@ impl World {
             snapshot: Default::default(),
             snapshot_pending: false,
             layers: Default::default(),
+            parent: None,
             revision: 1,
             disks: endpoints.collect(),
         };

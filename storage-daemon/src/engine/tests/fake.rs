@@ -349,6 +349,7 @@ impl FakeStore {
             StoreRequest::ChunkDigests { volume, digests } => {
                 Ok(StoreReply::ChunkDigests(self.digests(volume, &digests)))
             }
+            StoreRequest::ListBlocks { .. } => Ok(StoreReply::Blocks(Default::default())),
             StoreRequest::PullApply {
                 volume,
                 rebuild_epoch,
@@ -366,6 +367,7 @@ impl FakeStore {
                 epoch,
                 create,
                 rebuild_epoch,
+                ..
             } => {
                 let existed = self.replicas.contains_key(&volume);
                 if !existed && !create {
@@ -443,6 +445,7 @@ fn kind(request: &StoreRequest) -> &'static str {
         StoreRequest::Collect { .. } => "collect",
         StoreRequest::Digest { .. } => "digest",
         StoreRequest::ChunkDigests { .. } => "chunk digests",
+        StoreRequest::ListBlocks { .. } => "list blocks",
         StoreRequest::Repair { .. } => "repair",
         StoreRequest::PullApply { .. } => "pull apply",
         StoreRequest::PutFence { .. } => "fence",

@@ -137,6 +137,7 @@ fn a_failed_fence_of_an_unknown_volume_leaves_nothing_behind() {
         RequestBody::Fence(Fence {
             create: true,
             rebuild_epoch: Epoch(0),
+            link: None,
         }),
     );
     rig.answer().unwrap();

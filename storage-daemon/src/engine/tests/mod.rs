@@ -57,6 +57,7 @@ impl Rig {
             RequestBody::Fence(Fence {
                 create: true,
                 rebuild_epoch: Epoch(0),
+                link: None,
             }),
         );
         assert!(matches!(
@@ -174,6 +175,7 @@ pub(super) fn fence() -> RequestBody {
     RequestBody::Fence(Fence {
         create: false,
         rebuild_epoch: Epoch(0),
+        link: None,
     })
 }
 
@@ -192,6 +194,7 @@ pub(super) fn configure(epoch: u64) -> RequestBody {
         min_replicas: 1,
         snapshot: SnapshotNumber(0),
         layers: Default::default(),
+        parent: None,
         groups: vec![Vec::new()],
         name: "v".into(),
     })

@@ -201,6 +201,7 @@ fn a_replica_is_dropped_only_when_idle_and_not_fenced_beyond_the_order() {
         RequestBody::Fence(Fence {
             create: true,
             rebuild_epoch: Epoch(0),
+            link: None,
         }),
     );
     assert_eq!(rig.answer(), Err(Status::UnknownVolume));
@@ -219,6 +220,7 @@ fn a_replica_is_dropped_only_when_idle_and_not_fenced_beyond_the_order() {
         RequestBody::Fence(Fence {
             create: true,
             rebuild_epoch: Epoch(0),
+            link: None,
         }),
     );
     assert!(matches!(

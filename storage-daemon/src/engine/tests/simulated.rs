@@ -247,6 +247,7 @@ impl Rebuild {
             let fence = Fence {
                 create: true,
                 rebuild_epoch: Epoch(0),
+                link: None,
             };
             machine.ask(1, 1, RequestBody::Fence(fence)).unwrap();
         }
@@ -306,6 +307,7 @@ impl Rebuild {
         let target = Fence {
             create: true,
             rebuild_epoch: Epoch(E),
+            link: None,
         };
         self.target.ask(1, E, RequestBody::Fence(target)).unwrap();
         let source = self.source.engine.identity().unwrap();

@@ -51,6 +51,7 @@ impl Media {
                 epoch,
                 create,
                 rebuild_epoch,
+                ..
             } => self.put_fence(volume, epoch, create, rebuild_epoch),
             StoreRequest::ListReplicas => {
                 let infos = self.current.values().map(|r| r.info.clone()).collect();
