@@ -90,6 +90,11 @@ impl Metadata {
         })
     }
 
+    /// The members that are asked.
+    pub fn endpoints(&self) -> &[String] {
+        &self.endpoints
+    }
+
     /// Asks the cluster, with failover. `doing` says what for, as in "create the pool".
     pub async fn call<Q, A, F>(&mut self, doing: &str, request: Q, ask: F) -> Result<A>
     where

@@ -11,6 +11,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use super::codec::{HEADER_BYTES, Kind};
 use super::error::{BackupError, Result};
 use super::id::ContentId;
+use super::lock::{Lock, Purpose};
 use super::manifest::{Manifest, content_name, parse_content_name, parse_object_name};
 use super::repository::Repository;
 use super::{Progress, in_flight, reader};
@@ -87,6 +88,38 @@ pub async fn verify(
         }
     }
     Ok(report)
+}
+
+/// Deletes the pages and segments that were found to be damaged, so that the next backup that reads their content stores
+/// them again, which heals every backup that needs them. Returns how many.
+///
+/// # Errors
+/// Somebody works on the repository, or the storage failed.
+pub async fn delete_damaged(repository: &Repository, report: &Report) -> Result<usize> {
+    let damaged: Vec<_> = report
+        .problems
+        .iter()
+        .filter(|p| matches!(p.error, BackupError::Damaged { .. }))
+        .filter(|p| parse_content_name(&p.object).is_some())
+        .collect();
+    if damaged.is_empty() {
+        return Ok(0);
+    }
+    // A backup that is being made may rely on them.
+    let (storage, codec) = (&repository.storage, &repository.codec);
+    let lock = Lock::take(
+        storage,
+        codec,
+        Purpose::Gc,
+        "deletion of damaged objects",
+        false,
+    )
+    .await?;
+    for problem in &damaged {
+        storage.delete(&problem.object).await?;
+    }
+    lock.release().await?;
+    Ok(damaged.len())
 }
 
 impl Report {
