@@ -130,7 +130,7 @@ impl VolumeView {
                         .ok_or(bad("replica.state"))?,
                     incarnation: Incarnation(r.incarnation),
                     rebuild_epoch: Epoch(r.rebuild_epoch),
-                    inherits: false,
+                    inherits: r.inherits,
                 });
             }
             groups.push(replicas);
@@ -161,6 +161,11 @@ impl VolumeView {
         let layers = volume.layers.as_ref().map(LayerList::from);
         let layers = layers.unwrap_or_default();
         layers.check().map_err(|e| bad(e.0))?;
+        let parent = volume.parent.as_ref().map(|p| {
+            let id = VolumeId::from_slice(&p.volume_id).unwrap_or(VolumeId::NIL);
+            Parent::of(id, SnapshotNumber(p.snapshot_number)).ok_or(bad("parent"))
+        });
+        let parent = parent.transpose()?;
         Ok(Self {
             volume: VolumeId::from_slice(&volume.volume_id).ok_or(bad("volume_id"))?,
             name: volume.name.clone(),
@@ -183,7 +188,7 @@ impl VolumeView {
             snapshot: SnapshotNumber(volume.snapshot_number),
             snapshot_pending: volume.snapshot_pending,
             layers,
-            parent: None,
+            parent: parent.flatten(),
             revision: volume.revision,
             disks: endpoints,
         })

@@ -170,6 +170,7 @@ async fn create(name: &str, spec: &SpecArgs, context: &mut Context) -> Result<()
         replicas: 3,
         failure_domain: pb::FailureDomain::Node as i32,
         overprovision_percent: 1000,
+        flatten: pb::FlattenPolicy::Unspecified as i32,
     };
     let request = pb::CreatePoolRequest {
         request_id: request_id(),

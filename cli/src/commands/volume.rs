@@ -297,6 +297,7 @@ async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
         labels: args.labels.iter().cloned().collect(),
         preferred_node: args.preferred_node.clone().unwrap_or_default(),
         require_preferred_node: false,
+        source: None,
     };
     let doing = format!("create the volume {:?}", args.name);
     let mut volume = context

@@ -447,6 +447,27 @@ impl Metadata for Service {
             Ok(pb::DeleteSnapshotsResponse {})
         })
     }
+    async fn flatten_volume(
+        &self,
+        request: Request<pb::FlattenVolumeRequest>,
+    ) -> Answer<pb::Volume> {
+        let request = request.into_inner();
+        self.change(request.request_id, |m| {
+            let mut volumes = m.volumes.iter_mut();
+            let volume = volumes.find(|v| v.volume_id == request.volume_id);
+            let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+            if let Some(flatten) = &mut volume.flatten {
+                flatten.wanted = true;
+            }
+            Ok(volume.clone())
+        })
+    }
+    async fn begin_revert(&self, _: Request<pb::BeginRevertRequest>) -> Answer<pb::Volume> {
+        unused()
+    }
+    async fn end_revert(&self, _: Request<pb::EndRevertRequest>) -> Answer<pb::Volume> {
+        unused()
+    }
     async fn report_held(
         &self,
         _: Request<pb::ReportHeldRequest>,

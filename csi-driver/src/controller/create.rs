@@ -131,6 +131,7 @@ impl Wish {
         ))?;
         let pool = pool?;
         let request = pb::CreateVolumeRequest {
+            source: None,
             request_id: request_id(),
             name: self.name.clone(),
             size_bytes,

@@ -71,6 +71,14 @@ impl Operation {
             Self::CancelSnapshots(_) => 23,
             Self::DeleteSnapshots(_) => 24,
             Self::ForgetSnapshots(_) => 25,
+            Self::BeginRevert { .. } => 26,
+            Self::OpenToRevert(_) => 27,
+            Self::EndRevert { .. } => 28,
+            Self::CloneVolume(_) => 29,
+            Self::ReserveForClone(_) => 30,
+            Self::FlattenVolume(_) => 31,
+            Self::CutParent { .. } => 32,
+            Self::SetFlattenPolicy { .. } => 33,
         }
     }
 
@@ -86,6 +94,9 @@ impl Operation {
                 | Self::ReserveSnapshots(_)
                 | Self::CancelSnapshots(_)
                 | Self::ForgetSnapshots(_)
+                | Self::ReserveForClone(_)
+                | Self::CutParent { .. }
+                | Self::SetFlattenPolicy { .. }
         )
     }
 }
@@ -102,7 +113,8 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         Operation::CreateVolume(create) => state.create_volume(create),
         Operation::ResizeVolume { volume, size_bytes } => state.resize_volume(*volume, *size_bytes),
         Operation::DeleteVolume(volume) => state.delete_volume(*volume),
-        Operation::OpenVolume(open) => state.open_volume(open),
+        Operation::OpenVolume(open) => state.open_volume(open, false),
+        Operation::OpenToRevert(open) => state.open_volume(open, true),
         Operation::CloseVolume {
             volume,
             client,
@@ -124,11 +136,23 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         Operation::UnpublishVolume { volume, node } => state.unpublish_volume(*volume, node),
         Operation::SetVolumeFormat { volume, format } => state.set_volume_format(*volume, format),
         Operation::JoinVolume(open) => state.join_volume(open),
-        Operation::ReserveSnapshots(reserve) => state.reserve_snapshots(reserve),
+        Operation::ReserveSnapshots(reserve) => state.reserve_snapshots(reserve, false),
+        Operation::ReserveForClone(reserve) => state.reserve_snapshots(reserve, true),
         Operation::CommitSnapshots(commits) => state.commit_snapshots(commits),
         Operation::CancelSnapshots(ids) => state.cancel_snapshots(ids),
         Operation::DeleteSnapshots(ids) => state.delete_snapshots(ids),
         Operation::ForgetSnapshots(ids) => Ok(state.forget_snapshots(ids)),
+        Operation::BeginRevert { volume, snapshot } => state.begin_revert(*volume, *snapshot),
+        Operation::EndRevert {
+            volume,
+            snapshot,
+            client,
+            epoch,
+        } => state.end_revert(*volume, *snapshot, *client, *epoch),
+        Operation::CloneVolume(clone) => state.clone_volume(clone),
+        Operation::FlattenVolume(volume) => state.flatten_volume(*volume),
+        Operation::CutParent { volume, parent } => state.cut_parent(*volume, *parent),
+        Operation::SetFlattenPolicy { pool, policy } => state.set_flatten_policy(pool, *policy),
     }
 }
 
@@ -279,6 +303,7 @@ impl State {
             )));
         }
         self.pools.remove(&id);
+        self.flatten_policies.remove(&id);
         self.pool_by_name.remove(name);
         Ok(Answer::Done)
     }

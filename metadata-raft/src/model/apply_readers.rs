@@ -37,6 +37,7 @@ impl State {
         }
         let volume = self.require_volume(open.volume)?;
         self.check_published(volume, open.node)?;
+        self.check_reverting(volume, false)?;
         if let Some(holder) = &volume.holder {
             return Err(Refusal::precondition(format!(
                 "volume {} is attached by {} ({}), which may write; detach it there first",

@@ -144,6 +144,7 @@ impl State {
                 group.retain(|r| r.disk != abandoned);
                 dropped.push(abandoned);
             }
+            self.check_may_leave(&volume, from)?;
             self.check_move(&pool.spec, &volume, group, from, to)?;
             for replica in group.iter_mut().filter(|r| r.disk == from) {
                 replica.leaving_for = Some(to);

@@ -36,7 +36,7 @@ impl Volume {
     }
 }
 
-fn busy(name: &str) -> Refusal {
+pub(super) fn busy(name: &str) -> Refusal {
     Refusal::aborted(format!(
         "a snapshot of volume {name} is being taken at this moment; try again"
     ))
@@ -78,7 +78,11 @@ impl State {
         ))))
     }
 
-    pub(super) fn reserve_snapshots(&mut self, reserve: &ReserveSnapshots) -> Response {
+    pub(super) fn reserve_snapshots(
+        &mut self,
+        reserve: &ReserveSnapshots,
+        for_clone: bool,
+    ) -> Response {
         check_reservation(reserve)?;
         if let Some(existing) = self.existing_snapshots(reserve) {
             return existing;
@@ -114,6 +118,8 @@ impl State {
                 labels: new.labels.clone(),
                 state: SnapshotState::Pending,
                 group: reserve.group.clone(),
+                for_clone,
+                format: volume.format.clone(),
             });
         }
         let ids = reserve.snapshots.iter().map(|s| s.id).collect();
@@ -124,6 +130,12 @@ impl State {
         let name = &volume.name;
         if volume.is_snapshot_pending() {
             return Err(busy(name));
+        }
+        if volume.reverting.is_some() {
+            return Err(Refusal::precondition(format!(
+                "volume {name} is being reverted to a snapshot; {}, then try again",
+                self.revert_again(volume)
+            )));
         }
         if volume.holder.is_none() && !volume.clean {
             return Err(Refusal::precondition(format!(
@@ -256,13 +268,13 @@ impl State {
             )));
         }
         let mut nexts = BTreeMap::<VolumeId, Volume>::new();
-        let mut gone = BTreeSet::new();
+        let (mut gone, mut hidden) = (BTreeSet::new(), BTreeSet::new());
         for id in ids {
             let Some(snapshot) = self.snapshots.get(*id) else {
                 continue;
             };
             match snapshot.state {
-                SnapshotState::Deleting { .. } => continue,
+                SnapshotState::Deleting { .. } | SnapshotState::Hidden => continue,
                 SnapshotState::Pending => {
                     return Err(Refusal::aborted(format!(
                         "snapshot {} is being taken at this moment; try again",
@@ -274,6 +286,18 @@ impl State {
             let Some(volume) = self.volumes.get(&snapshot.volume) else {
                 return Err(Refusal::internal("a snapshot without volume"));
             };
+            if volume.reverting == Some(*id) {
+                return Err(Refusal::precondition(format!(
+                    "snapshot {}: volume {} is being reverted to it; {}, then delete it",
+                    snapshot.name,
+                    volume.name,
+                    self.revert_again(volume)
+                )));
+            }
+            if self.has_clones(volume.id, snapshot.number) {
+                hidden.insert(*id);
+                continue;
+            }
             let next = nexts
                 .entry(volume.id)
                 .or_insert_with(|| Volume::clone(volume));
@@ -288,6 +312,9 @@ impl State {
             if let Some(volume) = self.volumes.get(&volume.id).cloned() {
                 self.uninstall(&volume);
             }
+        }
+        for id in hidden {
+            self.hide_snapshot(id);
         }
         let revisions: BTreeMap<_, _> = kept.iter().map(|v| (v.id, v.layers.revision)).collect();
         for id in gone {
@@ -323,7 +350,9 @@ impl State {
         } else {
             let mut next = Volume::clone(volume);
             next.hidden = true;
+            next.reverting = None;
             self.install(next)?;
+            self.layers_generation += 1;
         }
         Ok(Answer::Done)
     }

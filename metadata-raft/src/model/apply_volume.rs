@@ -37,12 +37,13 @@ impl State {
             && existing.pool == create.pool
             && existing.replicas == create.replicas
             && existing.min_replicas == create.min_replicas
-            && existing.labels == create.labels;
+            && existing.labels == create.labels
+            && existing.source.is_none();
         Some(if same {
             Ok(Answer::Volume(existing.clone()))
         } else {
             Err(Refusal::exists(format!(
-                "volume {} exists with another size, pool, replica count or labels; choose another name",
+                "volume {} exists with another size, pool, replica count, labels or source; choose another name",
                 create.name
             )))
         })
@@ -101,6 +102,10 @@ impl State {
             reader_revoked: false,
             layers: LayerList::default(),
             hidden: false,
+            parent: None,
+            flatten: false,
+            reverting: None,
+            source: None,
         })?;
         Ok(Answer::Volume(volume))
     }
@@ -217,7 +222,7 @@ impl State {
         self.remove_or_hide(&volume)
     }
 
-    pub(super) fn open_volume(&mut self, open: &OpenVolume) -> Response {
+    pub(super) fn open_volume(&mut self, open: &OpenVolume, to_revert: bool) -> Response {
         validate::text("client_name", &open.client_name)?;
         if open.client.is_nil() {
             return Err(Refusal::invalid("client_id: must not be zero"));
@@ -225,6 +230,7 @@ impl State {
         let volume = self.require_volume(open.volume)?;
         self.check_published(volume, open.node)?;
         self.check_may_write(volume, open.node)?;
+        self.check_reverting(volume, to_revert)?;
         let mut users = volume.holder.iter().chain(&volume.readers);
         if let Some(other) = users.find(|a| a.client != open.client)
             && !open.force
@@ -296,7 +302,7 @@ impl State {
 }
 
 /// The refusal of R0: names what is current.
-fn not_current(volume: &Volume, client: ClientId, epoch: Epoch) -> Refusal {
+pub(super) fn not_current(volume: &Volume, client: ClientId, epoch: Epoch) -> Refusal {
     let holder = volume.holder.as_ref();
     let reason = match holder {
         Some(h) if h.client == client => {

@@ -95,6 +95,18 @@ impl PoolSpec {
     }
 }
 
+/// Which clones of a pool are made independent of their parents without being asked (docs/snapshots.md, C7).
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub enum FlattenPolicy {
+    /// None.
+    Never,
+    /// Those of a volume or snapshot that was deleted.
+    #[default]
+    Orphaned,
+    /// All.
+    Always,
+}
+
 /// Disks chosen by a selector, with defaults for volumes.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Pool {

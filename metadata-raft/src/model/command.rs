@@ -3,7 +3,8 @@
 //! Invariants:
 //! - A command carries everything that its effect depends on (identities, times, placements): apply
 //!   draws nothing itself.
-//! - Variants and fields are only appended; a change of meaning takes a new log version (`raft::codec`).
+//! - Variants are only appended, and what was released gets no more fields (its form has no room for one that is
+//!   missing): a new variant takes them. A change of meaning takes a new log version (`raft::codec`).
 
 use std::sync::Arc;
 
@@ -13,9 +14,9 @@ use ashlar_proto::ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::cluster::{Disk, Labels, Node, Pool, PoolSpec};
+use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool, PoolSpec};
 use super::snapshot::SnapshotGroup;
-use super::volume::{AttachMode, Format, Volume};
+use super::volume::{AttachMode, Format, Parent, Source, Volume};
 
 /// Identifies a request: a retry with the same id gets the same answer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
@@ -142,6 +143,67 @@ pub enum Operation {
     DeleteSnapshots(Vec<SnapshotId>),
     /// Nothing is left of deleting ones.
     ForgetSnapshots(Vec<SnapshotId>),
+    /// Begins to bring a detached volume back to a snapshot of it.
+    BeginRevert {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Grants a new epoch of a volume that is being reverted.
+    OpenToRevert(OpenVolume),
+    /// The holder says that the volume is what the snapshot shows.
+    EndRevert {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// The holder.
+        client: ClientId,
+        /// The current epoch.
+        epoch: Epoch,
+    },
+    /// Makes a volume of a snapshot (C1).
+    CloneVolume(CloneVolume),
+    /// Gives out a snapshot number for one clone.
+    ReserveForClone(ReserveSnapshots),
+    /// Wants a clone to depend on its parent no more.
+    FlattenVolume(VolumeId),
+    /// Every disk of a clone said that it depends on the parent no more (C7).
+    CutParent {
+        /// The clone.
+        volume: VolumeId,
+        /// The parent that it had then.
+        parent: Parent,
+    },
+    /// Says which clones of a pool are made independent without being asked.
+    SetFlattenPolicy {
+        /// The pool's name.
+        pool: String,
+        /// From now on.
+        policy: FlattenPolicy,
+    },
+}
+
+/// See [`Operation::CloneVolume`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CloneVolume {
+    /// Identity of the new volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size, a multiple of 4096, not below the snapshot's.
+    pub size_bytes: u64,
+    /// Fewest in-sync replicas with which writes are acknowledged.
+    pub min_replicas: u8,
+    /// The snapshot; one that was taken for this clone is deleted with it.
+    pub snapshot: SnapshotId,
+    /// What the user named.
+    pub source: Source,
+    /// Labels.
+    pub labels: Labels,
+    /// The leader's clock.
+    pub created_unix_ms: u64,
 }
 
 /// See [`Operation::ReserveSnapshots`].

@@ -10,11 +10,11 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use ashlar_proto::ids::{ClusterId, DiskId, Epoch, VolumeId};
+use ashlar_proto::ids::{ClusterId, DiskId, Epoch, PoolId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use super::answers::Remembered;
-use super::cluster::{Disk, Labels, Node, Pool};
+use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool};
 use super::snapshot::Snapshot;
 use super::volume::Volume;
 use super::{State, check_state, image_v1, image_v2};
@@ -58,6 +58,7 @@ pub(super) enum Record {
     End(u64),
     AttacherLabels(String, Labels),
     Snapshot(Arc<Snapshot>),
+    FlattenPolicy(PoolId, FlattenPolicy),
 }
 
 fn config() -> bincode::config::Configuration<
@@ -74,7 +75,7 @@ fn decode(version: u32, bytes: &[u8]) -> Result<(Record, usize), ImageError> {
         image_v1::IMAGE_VERSION => {
             let (old, used): (image_v1::Record, usize) =
                 bincode::serde::decode_from_slice(bytes, config())?;
-            (old.upgrade(), used)
+            (old.upgrade().upgrade(), used)
         }
         image_v2::IMAGE_VERSION => {
             let (old, used): (image_v2::Record, usize) =
@@ -98,6 +99,7 @@ impl State {
             garbage: self.garbage.clone(),
             answers: self.answers.clone(),
             attacher_labels: self.attacher_labels.clone(),
+            flatten_policies: self.flatten_policies.clone(),
             ..Self::default()
         }
     }
@@ -142,6 +144,9 @@ impl State {
         self.snapshots
             .iter()
             .try_for_each(|s| put(Record::Snapshot(s.clone())))?;
+        self.flatten_policies
+            .iter()
+            .try_for_each(|(p, f)| put(Record::FlattenPolicy(*p, *f)))?;
         let bytes = bincode::serde::encode_to_vec(Record::End(count), config())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;
         out.write_all(&bytes)?;
@@ -210,6 +215,9 @@ impl State {
                 self.attacher_labels.insert(node, labels);
             }
             Record::Snapshot(snapshot) => self.snapshots.insert(Arc::unwrap_or_clone(snapshot)),
+            Record::FlattenPolicy(pool, policy) => {
+                self.flatten_policies.insert(pool, policy);
+            }
             Record::End(_) => {}
         }
     }

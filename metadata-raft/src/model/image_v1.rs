@@ -1,20 +1,18 @@
 //! Records of images of version 1, as the program wrote them before volumes had publications and a format.
 //!
-//! Invariant: only read, never changed: the order and kind of the fields are what is on disk. An old
+//! Invariant: only read, never changed: the order and kind of the fields are what is on disk. They upgrade to
+//! version 2, and by way of it to the newest. An old
 //! volume is published to nobody, and nothing is known of its format.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use ashlar_proto::ids::{ClusterId, DiskId, Epoch, PoolId, SnapshotNumber, VolumeId};
-use ashlar_proto::layers::LayerList;
 use serde::Deserialize;
 
-use super::answers::Remembered;
 use super::cluster::{self, Labels};
-use super::command::{Answer, RequestKey};
-use super::image;
-use super::volume::{self, Attachment, Group};
+use super::command::RequestKey;
+use super::image_v2;
+use super::volume::Attachment;
 
 /// Version of an image of these records.
 pub const IMAGE_VERSION: u32 = 1;
@@ -43,7 +41,7 @@ pub struct Volume {
     pool: PoolId,
     replicas: u8,
     min_replicas: u8,
-    groups: Vec<Group>,
+    groups: Vec<Vec<image_v2::Replica>>,
     epoch: Epoch,
     holder: Option<Attachment>,
     clean: bool,
@@ -73,32 +71,32 @@ pub enum OldAnswer {
 }
 
 impl Record {
-    /// The record as this program has it.
-    pub fn upgrade(self) -> image::Record {
+    /// The record as version 2 has it.
+    pub fn upgrade(self) -> image_v2::Record {
         match self {
-            Self::Cluster(id) => image::Record::Cluster(id),
-            Self::Node(node) => image::Record::Node(node),
-            Self::Disk(disk) => image::Record::Disk(disk),
-            Self::Pool(pool) => image::Record::Pool(pool),
-            Self::Volume(volume) => image::Record::Volume(volume.upgrade()),
-            Self::Garbage(disk, volume, epoch) => image::Record::Garbage(disk, volume, epoch),
+            Self::Cluster(id) => image_v2::Record::Cluster(id),
+            Self::Node(node) => image_v2::Record::Node(node),
+            Self::Disk(disk) => image_v2::Record::Disk(disk),
+            Self::Pool(pool) => image_v2::Record::Pool(pool),
+            Self::Volume(volume) => image_v2::Record::Volume(volume.upgrade()),
+            Self::Garbage(disk, volume, epoch) => image_v2::Record::Garbage(disk, volume, epoch),
             Self::Answer {
                 request,
                 kind,
                 answer,
-            } => image::Record::Answer(Remembered {
+            } => image_v2::Record::Answer {
                 request,
                 kind,
                 answer: answer.upgrade(),
-            }),
-            Self::End(count) => image::Record::End(count),
+            },
+            Self::End(count) => image_v2::Record::End(count),
         }
     }
 }
 
 impl Volume {
-    fn upgrade(self) -> Arc<volume::Volume> {
-        Arc::new(volume::Volume {
+    fn upgrade(self) -> image_v2::Volume {
+        image_v2::Volume {
             id: self.id,
             name: self.name,
             size_bytes: self.size_bytes,
@@ -118,24 +116,22 @@ impl Volume {
             format: None,
             readers: Vec::new(),
             reader_revoked: false,
-            layers: LayerList::default(),
-            hidden: false,
-        })
+        }
     }
 }
 
 impl OldAnswer {
-    fn upgrade(self) -> Answer {
+    fn upgrade(self) -> image_v2::OldAnswer {
         match self {
-            Self::Done => Answer::Done,
-            Self::Node(node) => Answer::Node(node),
-            Self::Disk(disk) => Answer::Disk(disk),
-            Self::Pool(pool) => Answer::Pool(pool),
-            Self::Volume(volume) => Answer::Volume(volume.upgrade()),
+            Self::Done => image_v2::OldAnswer::Done,
+            Self::Node(node) => image_v2::OldAnswer::Node(node),
+            Self::Disk(disk) => image_v2::OldAnswer::Disk(disk),
+            Self::Pool(pool) => image_v2::OldAnswer::Pool(pool),
+            Self::Volume(volume) => image_v2::OldAnswer::Volume(volume.upgrade()),
             Self::Opened {
                 volume,
                 previous_clean,
-            } => Answer::Opened {
+            } => image_v2::OldAnswer::Opened {
                 volume: volume.upgrade(),
                 previous_clean,
             },
@@ -143,7 +139,7 @@ impl OldAnswer {
                 applied,
                 volume,
                 reason,
-            } => Answer::Changed {
+            } => image_v2::OldAnswer::Changed {
                 applied,
                 volume: volume.upgrade(),
                 reason,

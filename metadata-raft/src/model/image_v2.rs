@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ashlar_proto::ids::{ClusterId, DiskId, Epoch, PoolId, SnapshotNumber, VolumeId};
+use ashlar_proto::ids::{
+    ClusterId, DiskId, Epoch, Incarnation, PoolId, ReplicaState, SnapshotNumber, VolumeId,
+};
 use ashlar_proto::layers::LayerList;
 use serde::Deserialize;
 
@@ -14,7 +16,7 @@ use super::answers::Remembered;
 use super::cluster::{self, Labels};
 use super::command::{Answer, RequestKey};
 use super::image;
-use super::volume::{self, AttachMode, Attachment, Format, Group};
+use super::volume::{self, AttachMode, Attachment, Format};
 
 /// Version of an image of these records.
 pub const IMAGE_VERSION: u32 = 2;
@@ -38,25 +40,35 @@ pub enum Record {
 
 #[derive(Deserialize)]
 pub struct Volume {
-    id: VolumeId,
-    name: String,
-    size_bytes: u64,
-    pool: PoolId,
-    replicas: u8,
-    min_replicas: u8,
-    groups: Vec<Group>,
-    epoch: Epoch,
-    holder: Option<Attachment>,
-    clean: bool,
-    opened_once: bool,
-    snapshot: SnapshotNumber,
-    revision: u64,
-    created_unix_ms: u64,
-    labels: Labels,
-    publications: BTreeMap<String, AttachMode>,
-    format: Option<Format>,
-    readers: Vec<Attachment>,
-    reader_revoked: bool,
+    pub id: VolumeId,
+    pub name: String,
+    pub size_bytes: u64,
+    pub pool: PoolId,
+    pub replicas: u8,
+    pub min_replicas: u8,
+    pub groups: Vec<Vec<Replica>>,
+    pub epoch: Epoch,
+    pub holder: Option<Attachment>,
+    pub clean: bool,
+    pub opened_once: bool,
+    pub snapshot: SnapshotNumber,
+    pub revision: u64,
+    pub created_unix_ms: u64,
+    pub labels: Labels,
+    pub publications: BTreeMap<String, AttachMode>,
+    pub format: Option<Format>,
+    pub readers: Vec<Attachment>,
+    pub reader_revoked: bool,
+}
+
+/// A replica as it was.
+#[derive(Deserialize)]
+pub struct Replica {
+    pub disk: DiskId,
+    pub state: ReplicaState,
+    pub incarnation: Incarnation,
+    pub rebuild_epoch: Epoch,
+    pub leaving_for: Option<DiskId>,
 }
 
 #[derive(Deserialize)]
@@ -111,7 +123,11 @@ impl Volume {
             pool: self.pool,
             replicas: self.replicas,
             min_replicas: self.min_replicas,
-            groups: self.groups,
+            groups: self
+                .groups
+                .into_iter()
+                .map(|g| g.into_iter().map(Replica::upgrade).collect())
+                .collect(),
             epoch: self.epoch,
             holder: self.holder,
             clean: self.clean,
@@ -126,7 +142,24 @@ impl Volume {
             reader_revoked: self.reader_revoked,
             layers: LayerList::default(),
             hidden: false,
+            parent: None,
+            flatten: false,
+            reverting: None,
+            source: None,
         })
+    }
+}
+
+impl Replica {
+    fn upgrade(self) -> volume::Replica {
+        volume::Replica {
+            disk: self.disk,
+            state: self.state,
+            incarnation: self.incarnation,
+            rebuild_epoch: self.rebuild_epoch,
+            leaving_for: self.leaving_for,
+            inherits: false,
+        }
     }
 }
 

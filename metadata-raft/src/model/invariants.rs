@@ -21,10 +21,7 @@ fn require(holds: bool, what: &str) -> Check {
 pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
     check_volume(after)?;
     let Some(before) = before else {
-        return require(
-            after.epoch == Epoch(0) && after.holder.is_none() && after.snapshot.0 == 0,
-            "a new volume is detached, at epoch 0, without snapshots",
-        );
+        return check_new(after);
     };
     require(
         before.id == after.id && before.name == after.name,
@@ -50,9 +47,10 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
         "what is formatted stays so",
     )?;
     check_layers_transition(before, after)?;
+    check_parent_transition(before, after)?;
     let same_epoch = after.epoch == before.epoch;
     require(
-        !same_epoch || after.groups == before.groups,
+        !same_epoch || same_configuration(before, after),
         "a changed configuration has a new epoch",
     )?;
     if let Some(holder) = &after.holder
@@ -88,6 +86,74 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
         }
     }
     Ok(())
+}
+
+/// Whether the groups are the same, but for a parent that was cut off.
+fn same_configuration(before: &Volume, after: &Volume) -> bool {
+    let cut = before.parent.is_some() && after.parent.is_none();
+    let configuration = |volume: &Volume| {
+        let mut groups = volume.groups.clone();
+        for replica in groups.iter_mut().flatten() {
+            replica.inherits &= !cut;
+        }
+        groups
+    };
+    configuration(before) == configuration(after)
+}
+
+/// A volume that was not there before.
+fn check_new(volume: &Volume) -> Check {
+    let layers = &volume.layers;
+    let empty = layers.live.is_empty() && layers.settled == volume.snapshot;
+    require(
+        volume.holder.is_none() && empty && !volume.opened_once,
+        "a new volume is detached, not yet opened, without snapshots",
+    )?;
+    match volume.parent {
+        None => require(
+            volume.epoch == Epoch(0) && volume.snapshot.0 == 0,
+            "a new volume begins at epoch 0 and with snapshot number 0",
+        ),
+        Some(parent) => require(
+            volume.snapshot == parent.number && layers.revision == 1,
+            "a new clone begins with its parent's snapshot number",
+        ),
+    }
+}
+
+/// C1, C7.
+fn check_parent_transition(before: &Volume, after: &Volume) -> Check {
+    require(
+        after.parent.is_none() || after.parent == before.parent,
+        "a parent is only ever cut off",
+    )?;
+    require(after.source == before.source, "a source never changes")?;
+    let may = |disk| before.inherits_on(disk);
+    require(
+        after
+            .all_replicas()
+            .all(|(_, r)| !r.inherits || may(r.disk)),
+        "a replica never begins to inherit",
+    )
+}
+
+/// C1: a clone by itself.
+fn check_parent(volume: &Volume) -> Check {
+    let Some(parent) = volume.parent else {
+        let inherits = volume.all_replicas().any(|(_, r)| r.inherits);
+        return require(
+            !inherits && !volume.flatten,
+            "what has no parent inherits nothing",
+        );
+    };
+    require(
+        parent.volume != volume.id && parent.number.0 > 0,
+        "a parent is a snapshot of another volume",
+    )?;
+    require(
+        volume.reverting.is_none() || !volume.hidden,
+        "a deleted volume is not reverted",
+    )
 }
 
 /// S1, S6, S8.
@@ -168,6 +234,7 @@ fn check_volume(volume: &Volume) -> Check {
     )?;
     check_readers(volume)?;
     check_layers(volume)?;
+    check_parent(volume)?;
     for group in &volume.groups {
         require(
             group.iter().any(|r| r.state == ReplicaState::InSync),
@@ -233,6 +300,7 @@ pub fn check_state(state: &State) -> Check {
     let mut disk_volumes = BTreeSet::new();
     let mut repairable = BTreeSet::new();
     let mut layered = BTreeSet::new();
+    let mut children = BTreeSet::new();
     let mut rebuilding = 0;
     for (id, volume) in &state.volumes {
         require(*id == volume.id, "volume under another id")?;
@@ -242,11 +310,13 @@ pub fn check_state(state: &State) -> Check {
             "index of volume names",
         )?;
         check_snapshots_of(&state.snapshots, volume)
+            .and_then(|()| check_clone(state, volume))
             .map_err(|broken| format!("volume {}: {broken}", volume.name))?;
         require(
             state.pools.contains_key(&volume.pool),
             "volume without pool",
         )?;
+        children.extend(volume.parent.map(|p| (p, *id)));
         let pool = pool_use.entry(volume.pool).or_default();
         pool.volumes += 1;
         for (_, replica) in volume.all_replicas() {
@@ -293,6 +363,14 @@ pub fn check_state(state: &State) -> Check {
         "index of repairable replicas",
     )?;
     require(layered == state.layered, "index of layered replicas")?;
+    require(children == state.children, "index of clones")?;
+    require(
+        state
+            .flatten_policies
+            .keys()
+            .all(|p| state.pools.contains_key(p)),
+        "a policy without pool",
+    )?;
     require(rebuilding == state.rebuilding, "number of rebuilds")?;
     check_snapshots(state)?;
     check_names(state)
@@ -305,7 +383,7 @@ fn check_snapshots_of(snapshots: &Snapshots, volume: &Volume) -> Check {
     for snapshot in snapshots.of_volume(volume.id, SnapshotId::NIL) {
         match snapshot.state {
             SnapshotState::Pending => pending.push(snapshot.number),
-            SnapshotState::Ready => {
+            SnapshotState::Ready | SnapshotState::Hidden => {
                 require(ready.insert(snapshot.number), "a number twice")?;
                 require(
                     snapshot.size_bytes <= volume.size_bytes,
@@ -327,8 +405,41 @@ fn check_snapshots_of(snapshots: &Snapshots, volume: &Volume) -> Check {
     require(pending == expected, "the pending snapshot of a volume")?;
     require(
         ready.iter().eq(&volume.layers.live),
-        "ready snapshots are the live numbers",
+        "ready and hidden snapshots are the live numbers",
     )
+}
+
+/// C2, C6: what a clone inherits from is there; what is being reverted to, too.
+fn check_clone(state: &State, volume: &Volume) -> Check {
+    if let Some(snapshot) = volume.reverting {
+        let snapshot = state.snapshots.get(snapshot);
+        require(
+            snapshot.is_some_and(|s| s.volume == volume.id && s.state == SnapshotState::Ready),
+            "what a volume is reverted to is a snapshot of it",
+        )?;
+    }
+    let Some(parent) = volume.parent else {
+        return Ok(());
+    };
+    let Some(origin) = state.volumes.get(&parent.volume) else {
+        return Err("a clone without its parent".to_owned());
+    };
+    require(
+        origin.layers.live.binary_search(&parent.number).is_ok(),
+        "what a clone inherits from is live",
+    )?;
+    let disks = origin.disks();
+    require(
+        volume
+            .all_replicas()
+            .all(|(_, r)| !r.inherits || disks.binary_search(&r.disk).is_ok()),
+        "a clone inherits only where its parent is",
+    )?;
+    let mut above = Some(parent);
+    for _ in 0..validate::CLONE_DEPTH_MAX {
+        above = above.and_then(|p| state.volumes.get(&p.volume)?.parent);
+    }
+    require(above.is_none(), "a chain of clones is too long")
 }
 
 /// Every snapshot has its volume, names are unique, and a group is pending as a whole.
@@ -338,14 +449,19 @@ fn check_snapshots(state: &State) -> Check {
     let mut groups = BTreeMap::new();
     for snapshot in state.snapshots.iter() {
         require(
+            snapshot.state != SnapshotState::Hidden
+                || state.has_clones(snapshot.volume, snapshot.number),
+            "a hidden snapshot without clone",
+        )?;
+        require(
             state.volumes.contains_key(&snapshot.volume),
             "snapshot without volume",
         )?;
         require(
-            snapshot.is_deleting() || names.insert(&snapshot.name),
+            !snapshot.is_shown() || names.insert(&snapshot.name),
             "a snapshot's name twice",
         )?;
-        if let Some(group) = snapshot.group.as_ref().filter(|_| !snapshot.is_deleting()) {
+        if let Some(group) = snapshot.group.as_ref().filter(|_| snapshot.is_shown()) {
             let pending = snapshot.state == SnapshotState::Pending;
             let known = groups.entry(&group.name).or_insert((group.id, pending));
             require(

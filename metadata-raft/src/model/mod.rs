@@ -10,9 +10,11 @@
 
 mod answers;
 mod apply;
+mod apply_clones;
 mod apply_publications;
 mod apply_readers;
 mod apply_replicas;
+mod apply_reverts;
 mod apply_snapshots;
 mod apply_volume;
 mod cluster;
@@ -35,17 +37,20 @@ pub use answers::{RecentAnswers, Remembered};
 pub use apply::apply;
 pub(crate) use apply::no_such_pool;
 pub use apply_publications::attacher_id;
-pub use cluster::{Disk, Domain, FailureDomain, Labels, Node, Pool, PoolSpec, ZONE_LABEL};
+pub use cluster::{
+    Disk, Domain, FailureDomain, FlattenPolicy, Labels, Node, Pool, PoolSpec, ZONE_LABEL,
+};
 pub use command::{
-    Answer, Attacher, ChangeReplicas, Command, CommitSnapshot, CreateVolume, NewSnapshot,
-    OpenVolume, Operation, Refusal, RefusalCode, ReplicaChange, RequestKey, ReserveSnapshots,
-    Response,
+    Answer, Attacher, ChangeReplicas, CloneVolume, Command, CommitSnapshot, CreateVolume,
+    NewSnapshot, OpenVolume, Operation, Refusal, RefusalCode, ReplicaChange, RequestKey,
+    ReserveSnapshots, Response,
 };
 pub use image::{IMAGE_VERSION, ImageError};
 pub use invariants::{check_state, check_transition};
 pub use snapshot::{Snapshot, SnapshotGroup, SnapshotState, Snapshots};
 pub use volume::{
-    AttachMode, Attachment, Format, FormatState, Group, Replica, Volume, share_bytes,
+    AttachMode, Attachment, Format, FormatState, Group, Parent, Replica, Source, Volume,
+    share_bytes,
 };
 
 /// What is derived about a disk from the volumes.
@@ -95,6 +100,8 @@ pub struct State {
     answers: RecentAnswers,
     /// Labels that attaching nodes told, by node name: a storage daemon's own win over them.
     attacher_labels: BTreeMap<String, Labels>,
+    /// Of pools that said one.
+    flatten_policies: BTreeMap<PoolId, FlattenPolicy>,
 
     // Derived.
     node_by_name: BTreeMap<String, NodeId>,
@@ -106,7 +113,9 @@ pub struct State {
     repairable: BTreeSet<(DiskId, VolumeId)>,
     /// Replicas of volumes that have (or had) snapshots: what layer lists are sent to.
     layered: BTreeSet<(DiskId, VolumeId)>,
-    /// Grows with every change of `layered` or of a layer list.
+    /// Clones by what they inherit from.
+    children: BTreeSet<(Parent, VolumeId)>,
+    /// Grows with every change of `layered`, of a layer list, or of what is to be flattened.
     layers_generation: u64,
     disk_use: BTreeMap<DiskId, DiskUse>,
     pool_use: BTreeMap<PoolId, PoolUse>,
@@ -219,7 +228,8 @@ impl State {
         range_of(&self.layered, disk)
     }
 
-    /// Differs from an earlier answer if [`Self::layered_on`] or any layer list changed since. Not replicated.
+    /// Differs from an earlier answer if [`Self::layered_on`], any layer list or [`Self::is_to_flatten`] changed since. Not
+    /// replicated.
     pub fn layers_generation(&self) -> u64 {
         self.layers_generation
     }
@@ -304,9 +314,11 @@ impl State {
 
     fn put(&mut self, next: Volume) -> Arc<Volume> {
         let before = self.volumes.get(&next.id).cloned();
-        let same_layers = before
-            .as_ref()
-            .is_some_and(|b| b.layers == next.layers && b.disks() == next.disks());
+        let same_layers = before.as_ref().is_some_and(|b| {
+            b.layers == next.layers
+                && b.disks() == next.disks()
+                && (b.parent, b.flatten) == (next.parent, next.flatten)
+        });
         if next.layers.revision > 0 && !same_layers {
             self.layers_generation += 1;
         }
@@ -320,7 +332,7 @@ impl State {
         next
     }
 
-    /// Removes a volume with its snapshots, and remembers what its disks are to drop.
+    /// Removes a volume with its snapshots, and remembers what its disks are to drop; what was kept for it alone goes, too.
     fn uninstall(&mut self, volume: &Arc<Volume>) {
         self.index(volume, false);
         self.volumes.remove(&volume.id);
@@ -330,6 +342,9 @@ impl State {
             self.garbage.insert((disk, volume.id), volume.epoch);
         }
         self.note(Change::Volume(volume.id));
+        if let Some(parent) = volume.parent {
+            self.release(parent);
+        }
     }
 
     /// Adds or takes away what the derived indexes say of a volume.
@@ -369,6 +384,9 @@ impl State {
         };
         if pool_use.volumes == 0 {
             self.pool_use.remove(&volume.pool);
+        }
+        if let Some(parent) = volume.parent {
+            set(&mut self.children, (parent, volume.id), add);
         }
         if volume.hidden {
             return;

@@ -8,9 +8,11 @@ use ashlar_proto::ids::{
 
 use super::*;
 
+mod clones;
 mod publications;
 mod random;
 mod readers;
+mod reverts;
 mod snapshots;
 
 fn key(n: u128) -> RequestKey {

@@ -29,6 +29,8 @@ pub const READERS_MAX: usize = 1024;
 pub const SNAPSHOTS_MAX: usize = 1000;
 /// Most snapshots of a volume together with those that are being deleted.
 pub const SNAPSHOTS_KEPT_MAX: usize = 4096;
+/// Longest chain of volumes that a clone inherits from.
+pub const CLONE_DEPTH_MAX: usize = 16;
 /// Most volumes whose snapshots are taken at one point in time.
 pub const SNAPSHOT_VOLUMES_MAX: usize = 256;
 /// Most entries of one batch in a command.

@@ -4,9 +4,9 @@ use ashlar_proto::ids::{DiskId, ReplicaState};
 use ashlar_proto::rpc::metadata as pb;
 
 use super::State;
-use super::cluster::{FailureDomain, Pool, PoolSpec};
+use super::cluster::{FailureDomain, FlattenPolicy, Pool, PoolSpec};
 use super::snapshot::{Snapshot, SnapshotState};
-use super::volume::{AttachMode, Attachment, Format, FormatState, Replica, Volume};
+use super::volume::{AttachMode, Attachment, Format, FormatState, Parent, Replica, Source, Volume};
 
 /// A volume.
 pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
@@ -47,6 +47,39 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
         readers: volume.readers.iter().map(attachment).collect(),
         created_unix_ms: volume.created_unix_ms,
         labels: volume.labels.clone().into_iter().collect(),
+        parent: volume.parent.map(|p| parent(state, p)),
+        flatten: volume.parent.map(|_| pb::FlattenProgress {
+            wanted: state.is_to_flatten(volume),
+            ..pb::FlattenProgress::default()
+        }),
+        reverting: volume.reverting.map(|id| {
+            let snapshot = state.snapshots().get(id);
+            pb::Reverting {
+                snapshot_id: id.to_vec(),
+                snapshot_name: snapshot.map(|s| s.name.clone()).unwrap_or_default(),
+            }
+        }),
+        source_snapshot_id: match volume.source {
+            Some(Source::Snapshot(id)) => id.to_vec(),
+            _ => Vec::new(),
+        },
+        source_volume_id: match volume.source {
+            Some(Source::Volume(id)) => id.to_vec(),
+            _ => Vec::new(),
+        },
+    }
+}
+
+fn parent(state: &State, parent: Parent) -> pb::VolumeParent {
+    let volume = state.volume(parent.volume);
+    let snapshot = state.snapshots().numbered(parent.volume, parent.number);
+    pb::VolumeParent {
+        volume_id: parent.volume.to_vec(),
+        volume_name: volume.map(|v| v.name.clone()).unwrap_or_default(),
+        volume_deleted: volume.is_none_or(|v| v.hidden),
+        snapshot_number: parent.number.0,
+        snapshot_name: snapshot.map(|s| s.name.clone()).unwrap_or_default(),
+        snapshot_deleted: snapshot.is_none_or(|s| !s.is_shown()),
     }
 }
 
@@ -54,6 +87,9 @@ pub fn volume(state: &State, volume: &Volume) -> pb::Volume {
 pub fn snapshot(state: &State, snapshot: &Snapshot) -> pb::Snapshot {
     let volume = state.volume(snapshot.volume);
     let group = snapshot.group.as_ref();
+    let clones = state
+        .clones_of(snapshot.volume, Some(snapshot.number))
+        .count();
     pb::Snapshot {
         snapshot_id: snapshot.id.to_vec(),
         name: snapshot.name.clone(),
@@ -66,7 +102,7 @@ pub fn snapshot(state: &State, snapshot: &Snapshot) -> pb::Snapshot {
         state: match snapshot.state {
             SnapshotState::Pending => pb::SnapshotState::Pending,
             SnapshotState::Ready => pb::SnapshotState::Ready,
-            SnapshotState::Deleting { .. } => pb::SnapshotState::Deleting,
+            SnapshotState::Deleting { .. } | SnapshotState::Hidden => pb::SnapshotState::Deleting,
         }
         .into(),
         group_id: group.map(|g| g.id.to_vec()).unwrap_or_default(),
@@ -74,6 +110,7 @@ pub fn snapshot(state: &State, snapshot: &Snapshot) -> pb::Snapshot {
         replicas_left: 0,
         chunks_left: 0,
         volume_deleted: volume.is_none_or(|v| v.hidden),
+        clones: u32::try_from(clones).unwrap_or(u32::MAX),
     }
 }
 
@@ -88,6 +125,7 @@ fn replica(replica: &Replica) -> pb::Replica {
         .into(),
         incarnation: replica.incarnation.0,
         rebuild_epoch: replica.rebuild_epoch.0,
+        inherits: replica.inherits,
     }
 }
 
@@ -142,7 +180,7 @@ pub fn endpoints(
 }
 
 /// A pool's specification.
-pub fn pool_spec(spec: &PoolSpec) -> pb::PoolSpec {
+pub fn pool_spec(spec: &PoolSpec, policy: FlattenPolicy) -> pb::PoolSpec {
     pb::PoolSpec {
         selector: spec.selector.clone().into_iter().collect(),
         replicas: u32::from(spec.replicas),
@@ -153,6 +191,12 @@ pub fn pool_spec(spec: &PoolSpec) -> pb::PoolSpec {
         }
         .into(),
         overprovision_percent: spec.overprovision_percent,
+        flatten: match policy {
+            FlattenPolicy::Never => pb::FlattenPolicy::Never,
+            FlattenPolicy::Orphaned => pb::FlattenPolicy::Orphaned,
+            FlattenPolicy::Always => pb::FlattenPolicy::Always,
+        }
+        .into(),
     }
 }
 
@@ -162,7 +206,7 @@ pub fn pool(state: &State, pool: &Pool, used: impl Fn(DiskId) -> u64) -> pb::Poo
     let mut message = pb::Pool {
         pool_id: pool.id.to_vec(),
         name: pool.name.clone(),
-        spec: Some(pool_spec(&pool.spec)),
+        spec: Some(pool_spec(&pool.spec, state.flatten_policy(pool.id))),
         disk_count: 0,
         capacity_bytes: 0,
         used_bytes: 0,

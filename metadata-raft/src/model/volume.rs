@@ -9,13 +9,15 @@
 //! - who may attach: a volume is published to one node exclusively, or to any number read-only;
 //! - a volume has a holder or readers (R10), and what readers read is clean and made;
 //! - at most one snapshot number is reserved and not settled, the highest (docs/snapshots.md, S1);
-//! - a hidden volume has live snapshots, and nobody uses it or may.
+//! - a hidden volume has live snapshots, and nobody uses it or may;
+//! - only a clone's replicas inherit, and one that does not never begins to (docs/snapshots.md, C1 to C7);
+//! - a volume that is being reverted is opened for that only.
 
 use std::collections::BTreeMap;
 
 use ashlar_proto::ids::{
-    CHUNK_SIZE, ClientId, DiskId, Epoch, Incarnation, NodeId, PoolId, ReplicaState, SnapshotNumber,
-    VolumeId,
+    CHUNK_SIZE, ClientId, DiskId, Epoch, Incarnation, NodeId, PoolId, ReplicaState, SnapshotId,
+    SnapshotNumber, VolumeId,
 };
 use ashlar_proto::layers::LayerList;
 use serde::{Deserialize, Serialize};
@@ -35,6 +37,8 @@ pub struct Replica {
     pub rebuild_epoch: Epoch,
     /// The disk whose replica takes this one's place once it is `InSync` (a move in progress).
     pub leaving_for: Option<DiskId>,
+    /// It may be linked to the parent's replica on its disk: the store knows (C3).
+    pub inherits: bool,
 }
 
 impl Replica {
@@ -46,6 +50,7 @@ impl Replica {
             incarnation: Incarnation(0),
             rebuild_epoch: Epoch(0),
             leaving_for: None,
+            inherits: false,
         }
     }
 
@@ -56,6 +61,24 @@ impl Replica {
             ..Self::new_in_sync(disk)
         }
     }
+}
+
+/// What a clone inherits from (docs/snapshots.md, C1).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Parent {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Of its snapshot; never 0.
+    pub number: SnapshotNumber,
+}
+
+/// What a volume was asked to be a copy of; it may be gone since.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Source {
+    /// A snapshot.
+    Snapshot(SnapshotId),
+    /// A volume as it was at that moment.
+    Volume(VolumeId),
 }
 
 /// A replica group: chunk `c` belongs to group `c mod groups`.
@@ -149,6 +172,14 @@ pub struct Volume {
     pub layers: LayerList,
     /// It was deleted and is kept for its snapshots only: its name is free, and nobody finds it.
     pub hidden: bool,
+    /// Where blocks come from that it never wrote itself (C1).
+    pub parent: Option<Parent>,
+    /// An operator wants it to depend on its parent no more (C7).
+    pub flatten: bool,
+    /// The snapshot that it is being brought back to: until that is done its content is neither.
+    pub reverting: Option<SnapshotId>,
+    /// What it was created from.
+    pub source: Option<Source>,
 }
 
 impl Volume {
@@ -191,6 +222,17 @@ impl Volume {
     /// Whether readers may join: nobody writes, nothing is to be reconciled, the replicas are made (R10).
     pub fn is_readable(&self) -> bool {
         self.holder.is_none() && self.clean && self.opened_once
+    }
+
+    /// Whether a replica is on its way to another disk.
+    pub fn is_moving(&self) -> bool {
+        self.all_replicas().any(|(_, r)| r.leaving_for.is_some())
+    }
+
+    /// Whether a replica on a disk may be linked to the parent's there.
+    pub fn inherits_on(&self, disk: DiskId) -> bool {
+        self.all_replicas()
+            .any(|(_, r)| r.disk == disk && r.inherits)
     }
 
     /// Whether `client` holds the volume and `epoch` is current (R0).

@@ -13,7 +13,8 @@ use super::convert;
 use super::liveness::{DiskReport, View};
 use super::member::{Fault, Member, write_fault};
 use crate::model::{
-    Answer, Attacher, Command, Disk, Node, Operation, Pool, RequestKey, State, attacher_id, view,
+    Answer, Attacher, Command, Disk, FlattenPolicy, Node, Operation, Pool, RequestKey, State,
+    attacher_id, view,
 };
 use crate::planner::DiskView;
 
@@ -287,8 +288,10 @@ impl Member {
             drop: Vec::new(),
             interval_ms: HEARTBEAT_MS,
             set_layers: Vec::new(),
+            flatten: Vec::new(),
         };
         let mut gone = Vec::new();
+        let mut cut = false;
         let mut reports = Vec::new();
         {
             let state = self.shared.state();
@@ -315,7 +318,7 @@ impl Member {
                     garbage(&state, id, status, &mut response.drop, &mut gone);
                     let mut liveness = self.liveness();
                     let disk = liveness.layers_mut(id);
-                    disk.hear(&state, status, id, &mut response.set_layers);
+                    cut |= disk.hear(&state, status, id, &mut response);
                 }
             }
         }
@@ -323,6 +326,9 @@ impl Member {
         if known {
             self.liveness()
                 .hear(Instant::now(), node, reports.into_iter());
+        }
+        if cut {
+            self.takings.attention.notify_one();
         }
         if !gone.is_empty() {
             let command = Command {
@@ -394,27 +400,49 @@ impl Member {
     }
 
     pub(super) async fn create_pool(&self, request: pb::CreatePoolRequest) -> Result<pb::Pool> {
+        let policy = convert::flatten_policy(request.spec.as_ref())?;
         let spec = convert::pool_spec(request.spec)?;
         let pool = Pool {
             id: PoolId::generate(),
-            name: request.name,
+            name: request.name.clone(),
             spec,
         };
-        self.propose_pool(
-            convert::request_key(&request.request_id)?,
-            Operation::CreatePool(pool),
-        )
-        .await
+        let key = convert::request_key(&request.request_id)?;
+        let made = self.propose_pool(key, Operation::CreatePool(pool)).await?;
+        self.set_flatten_policy(request.name, policy, made).await
     }
 
     pub(super) async fn update_pool(&self, request: pb::UpdatePoolRequest) -> Result<pb::Pool> {
+        let policy = convert::flatten_policy(request.spec.as_ref())?;
         let spec = convert::pool_spec(request.spec)?;
         let operation = Operation::UpdatePool {
-            name: request.name,
+            name: request.name.clone(),
             spec,
         };
-        self.propose_pool(convert::request_key(&request.request_id)?, operation)
-            .await
+        let key = convert::request_key(&request.request_id)?;
+        let updated = self.propose_pool(key, operation).await?;
+        self.set_flatten_policy(request.name, policy, updated).await
+    }
+
+    /// The policy is no part of the specification in the log; a retry of the request says it again.
+    async fn set_flatten_policy(
+        &self,
+        pool: String,
+        policy: Option<FlattenPolicy>,
+        made: pb::Pool,
+    ) -> Result<pb::Pool> {
+        let current = {
+            let state = self.shared.state();
+            let found = state.pool_by_name(&pool);
+            found.map(|p| state.flatten_policy(p.id))
+        };
+        match policy {
+            Some(policy) if current != Some(policy) => {
+                let operation = Operation::SetFlattenPolicy { pool, policy };
+                self.propose_pool(RequestKey::generate(), operation).await
+            }
+            _ => Ok(made),
+        }
     }
 
     pub(super) async fn delete_pool(

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use ashlar_proto::rpc::metadata as pb;
 use tonic::Status;
 
-use crate::model::{FailureDomain, Labels, PoolSpec, Refusal, RefusalCode, RequestKey};
+use crate::model::{
+    FailureDomain, FlattenPolicy, Labels, PoolSpec, Refusal, RefusalCode, RequestKey,
+};
 
 /// A refusal as a gRPC status.
 pub fn status(refusal: Refusal) -> Status {
@@ -45,6 +47,17 @@ pub fn labels(labels: HashMap<String, String>) -> Labels {
 pub fn count(field: &str, value: u32) -> Result<u8, Status> {
     u8::try_from(value)
         .map_err(|_| Status::invalid_argument(format!("{field}: {value} is too large")))
+}
+
+/// What a pool says about flattening, if it says something.
+pub fn flatten_policy(spec: Option<&pb::PoolSpec>) -> Result<Option<FlattenPolicy>, Status> {
+    match pb::FlattenPolicy::try_from(spec.map_or(0, |s| s.flatten)) {
+        Ok(pb::FlattenPolicy::Unspecified) => Ok(None),
+        Ok(pb::FlattenPolicy::Never) => Ok(Some(FlattenPolicy::Never)),
+        Ok(pb::FlattenPolicy::Orphaned) => Ok(Some(FlattenPolicy::Orphaned)),
+        Ok(pb::FlattenPolicy::Always) => Ok(Some(FlattenPolicy::Always)),
+        Err(_) => Err(Status::invalid_argument("spec.flatten: unknown value")),
+    }
 }
 
 /// A pool's specification with its defaults.

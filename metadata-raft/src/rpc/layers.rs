@@ -5,6 +5,7 @@
 //! - A replica that reports an older list than its volume's is sent the current one until it reports it. An answer
 //!   carries a bounded number of lists.
 //! - A disk that says the same as before costs a digest and no look at its volumes, while no list has changed.
+//! - A replica that says that it inherits, of a clone that is to be flattened, is told so until it says otherwise (C7).
 //! - What was not reported to this leader is not assumed.
 
 use std::collections::{BTreeMap, BTreeSet, hash_map::DefaultHasher};
@@ -14,8 +15,10 @@ use ashlar_proto::ids::{DiskId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 
 use super::liveness::Liveness;
-use crate::model::{Snapshot, SnapshotState, State};
+use crate::model::{Snapshot, SnapshotState, State, Volume};
 
+/// Replicas that one answer tells to cut their links.
+const FLATTEN_MAX: usize = 256;
 /// Lists in one answer.
 pub const SET_LAYERS_MAX: usize = 256;
 
@@ -24,12 +27,17 @@ pub const SET_LAYERS_MAX: usize = 256;
 struct Reported {
     revision: u64,
     chunks_left: u64,
+    /// Linked to the parent's; `None`: not said.
+    inherits: Option<bool>,
+    inherited_left: u64,
 }
 
 /// A disk that has no replica of the volume: nothing is left there.
 const ABSENT: Reported = Reported {
     revision: u64::MAX,
     chunks_left: 0,
+    inherits: None,
+    inherited_left: 0,
 };
 
 /// What a disk reported of its replicas of volumes with snapshots.
@@ -41,18 +49,19 @@ pub struct DiskLayers {
 }
 
 impl DiskLayers {
-    /// Takes a disk's report in, and adds the lists that it lacks to an answer.
+    /// Takes a disk's report in, and adds to an answer the lists that it lacks and the links that it is to cut. Whether
+    /// some clone may have no link left.
     pub fn hear(
         &mut self,
         state: &State,
         status: &pb::DiskStatus,
         disk: DiskId,
-        out: &mut Vec<pb::SetLayers>,
-    ) {
+        out: &mut pb::HeartbeatResponse,
+    ) -> bool {
         let generation = state.layers_generation();
         let digest = digest(status);
         if self.settled == Some((digest, generation)) {
-            return;
+            return false;
         }
         self.settled = None;
         self.replicas.clear();
@@ -62,7 +71,7 @@ impl DiskLayers {
             .iter()
             .map(|l| (l.volume_id.as_slice(), l))
             .collect();
-        let mut current = true;
+        let (mut current, mut cut) = (true, false);
         for id in state.layered_on(disk) {
             let Some(volume) = state.volume(id) else {
                 continue;
@@ -72,18 +81,30 @@ impl DiskLayers {
                 Some(l) => Reported {
                     revision: l.revision,
                     chunks_left: l.chunks_left,
+                    inherits: l.inherits,
+                    inherited_left: l.inherited_left,
                 },
                 None if held.contains(key) => Reported {
                     revision: 0,
-                    chunks_left: 0,
+                    ..ABSENT
                 },
                 None => ABSENT,
             };
             self.replicas.insert(id, reported);
+            cut |= volume.parent.is_some() && reported.inherits == Some(false);
+            if reported.inherits == Some(true) && state.is_to_flatten(volume) {
+                current = false;
+                if out.flatten.len() < FLATTEN_MAX {
+                    out.flatten.push(pb::Flatten {
+                        disk_id: disk.to_vec(),
+                        volume_id: id.to_vec(),
+                    });
+                }
+            }
             if reported.revision < volume.layers.revision {
                 current = false;
-                if out.len() < SET_LAYERS_MAX {
-                    out.push(pb::SetLayers {
+                if out.set_layers.len() < SET_LAYERS_MAX {
+                    out.set_layers.push(pb::SetLayers {
                         disk_id: disk.to_vec(),
                         volume_id: id.to_vec(),
                         layers: Some((&volume.layers).into()),
@@ -94,6 +115,7 @@ impl DiskLayers {
         if current {
             self.settled = Some((digest, generation));
         }
+        cut
     }
 }
 
@@ -103,16 +125,17 @@ fn digest(status: &pb::DiskStatus) -> u64 {
     for layers in &status.layers {
         layers.volume_id.hash(&mut hasher);
         (layers.revision, layers.chunks_left).hash(&mut hasher);
+        (layers.inherits, layers.inherited_left).hash(&mut hasher);
     }
     hasher.finish()
 }
 
-/// What is left of a snapshot that is being deleted.
+/// What is left of a snapshot that is being deleted, or of what a clone inherits.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Left {
     /// Replicas that did not report yet that they are done.
     pub replicas: u32,
-    /// Chunks that they still have to look at, as far as they said.
+    /// Chunks that they still have to look at, or to copy, as far as they said.
     pub chunks: u64,
 }
 
@@ -134,6 +157,22 @@ pub fn left(state: &State, liveness: &Liveness, snapshot: &Snapshot) -> Left {
     left
 }
 
+/// What a clone may still inherit: a replica counts until its disk said to this leader that it is not linked.
+pub fn inherited(liveness: &Liveness, clone: &Volume) -> Left {
+    let mut left = Left::default();
+    if clone.parent.is_none() {
+        return left;
+    }
+    for disk in clone.disks() {
+        let layers = liveness.layers(disk);
+        let reported = layers.and_then(|l| l.replicas.get(&clone.id));
+        let cut = reported.is_some_and(|r| r.inherits == Some(false));
+        left.replicas += u32::from(!cut);
+        left.chunks += reported.map_or(0, |r| r.inherited_left);
+    }
+    left
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +190,7 @@ mod tests {
                 volume_id: vec![1; 16],
                 revision,
                 chunks_left,
+                ..pb::ReplicaLayers::default()
             }]
         };
         let all = [

@@ -32,7 +32,7 @@ const FORWARDED: &str = "ashlar-forwarded";
 /// Time in which a request is routed, leader changes included.
 const ROUTE_DEADLINE: Duration = Duration::from_secs(6);
 /// Time that one attempt at the leader may take.
-const ATTEMPT_DEADLINE: Duration = Duration::from_secs(3);
+pub(super) const ATTEMPT_DEADLINE: Duration = Duration::from_secs(3);
 /// Pause before a new attempt where no leader change wakes it.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a majority to confirm a command or a read.

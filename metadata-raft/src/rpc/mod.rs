@@ -6,6 +6,7 @@
 //! - Heartbeats and statistics live in the leader's memory only (`liveness`).
 //! - Nothing holds the lock of the state across an await.
 
+mod clones;
 mod cluster;
 mod convert;
 mod layers;

@@ -162,10 +162,11 @@ fn collect_cluster(scrape: &Scrape, state: &State, view: &View<'_>) {
     put(&metrics::REPLICAS, "stale", counts.stale);
     scrape.set(&metrics::REPLICAS_TO_DROP, &[], state.garbage_count());
 
-    let [pending, ready, deleting] = state.snapshots().counts();
+    let [pending, ready, deleting, hidden] = state.snapshots().counts();
     scrape.set(&metrics::SNAPSHOTS, &["pending"], pending);
     scrape.set(&metrics::SNAPSHOTS, &["ready"], ready);
     scrape.set(&metrics::SNAPSHOTS, &["deleting"], deleting);
+    scrape.set(&metrics::SNAPSHOTS, &["hidden"], hidden);
 
     let (mut alive, mut silent, mut attach_only) = (0, 0, 0);
     for node in state.nodes() {

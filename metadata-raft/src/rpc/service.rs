@@ -59,6 +59,17 @@ macro_rules! routed {
                 count_call("create_snapshots", self.0.route_within(SNAPSHOT_DEADLINE, request, local, remote)).await
             }
 
+            async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Reply<pb::Volume> {
+                let local = |r| self.0.create_volume(r);
+                let remote = |mut c: MetadataClient<Channel>, r| async move { c.create_volume(r).await };
+                // For a clone of a volume a snapshot is taken.
+                let deadline = match &request.get_ref().source {
+                    Some(pb::create_volume_request::Source::VolumeId(_)) => SNAPSHOT_DEADLINE,
+                    _ => super::member::ATTEMPT_DEADLINE,
+                };
+                count_call("create_volume", self.0.route_within(deadline, request, local, remote)).await
+            }
+
             async fn watch_volumes(&self, request: Request<pb::WatchVolumesRequest>) -> Reply<EventStream> {
                 let begin = async { super::watch::start(self.0.clone(), request.into_inner()).map(Response::new) };
                 count_call("watch_volumes", begin).await
@@ -84,7 +95,9 @@ routed! {
     update_pool: pb::UpdatePoolRequest => pb::Pool;
     delete_pool: pb::DeletePoolRequest => pb::DeletePoolResponse;
     list_pools: pb::ListPoolsRequest => pb::ListPoolsResponse;
-    create_volume: pb::CreateVolumeRequest => pb::Volume;
+    flatten_volume: pb::FlattenVolumeRequest => pb::Volume;
+    begin_revert: pb::BeginRevertRequest => pb::Volume;
+    end_revert: pb::EndRevertRequest => pb::Volume;
     get_volume: pb::GetVolumeRequest => pb::Volume;
     list_volumes: pb::ListVolumesRequest => pb::ListVolumesResponse;
     resize_volume: pb::ResizeVolumeRequest => pb::Volume;

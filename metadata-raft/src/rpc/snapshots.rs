@@ -16,6 +16,7 @@ use super::convert;
 use super::layers;
 use super::liveness::View;
 use super::member::{Fault, Member};
+use super::taking::Taking;
 use super::volumes::{unexpected, unix_ms, volume_id};
 use crate::model::{
     Answer, Command, CommitSnapshot, NewSnapshot, Operation, RequestKey, ReserveSnapshots,
@@ -56,20 +57,35 @@ impl Member {
             return self.taken(&ids);
         }
         let ids: Vec<_> = reserve.snapshots.iter().map(|s| s.id).collect();
+        let (taken, taking) = self
+            .take(key, ids, Operation::ReserveSnapshots(reserve))
+            .await?;
+        drop(taking);
+        self.taken(&taken)
+    }
+
+    /// Reserves numbers and commits them, under the caller's key; or finds the same snapshots. Nobody removes those that
+    /// were taken for a clone before the guard is dropped.
+    pub(super) async fn take(
+        &self,
+        key: RequestKey,
+        ids: Vec<SnapshotId>,
+        reserve: Operation,
+    ) -> Result<(Vec<SnapshotId>, Taking<'_>)> {
         let taking = self.takings.begin(ids.clone());
         let changes = self.shared.subscribe();
         let began = clock::now();
         // Idempotent by its names, and so under a key of its own: the caller's is for the commit.
         let command = Command {
             request: RequestKey::generate(),
-            operation: Operation::ReserveSnapshots(reserve),
+            operation: reserve,
         };
         let answer = self.propose(command).await?;
         let Answer::Snapshots(reserved) = answer else {
             return Err(unexpected(&answer));
         };
         if reserved != ids {
-            return self.taken(&reserved);
+            return Ok((reserved, taking));
         }
         let commits = match self.held(&ids, began, changes).await {
             Ok(commits) => commits,
@@ -84,10 +100,7 @@ impl Member {
         };
         let committed = self.propose(command).await;
         match committed {
-            Ok(Answer::Snapshots(ids)) => {
-                drop(taking);
-                self.taken(&ids)
-            }
+            Ok(Answer::Snapshots(ids)) => Ok((ids, taking)),
             Ok(other) => Err(unexpected(&other)),
             Err(Fault::Status(status)) if status.code() == Code::Aborted => {
                 self.cancel(ids).await;
@@ -233,7 +246,9 @@ impl Member {
         self.with_view(|state, view| {
             let snapshots = state.snapshots();
             let found = match id {
-                Some(id) => snapshots.get(id),
+                Some(id) => snapshots
+                    .get(id)
+                    .filter(|s| s.state != SnapshotState::Hidden),
                 None => snapshots.by_name(&request.name),
             };
             let found = found.ok_or_else(|| {
@@ -298,6 +313,8 @@ impl Member {
             };
             let mut snapshots: Vec<_> = found
                 .filter(|s| volume.is_none_or(|v| v == s.volume))
+                // Those that only clones know are not shown (C2).
+                .filter(|s| s.state != SnapshotState::Hidden && !s.for_clone)
                 .take(size + 1)
                 .map(|s| (s.id, message(state, view, s)))
                 .collect();

@@ -9,6 +9,7 @@ use ashlar_proto::ids::{
 use ashlar_proto::rpc::metadata as pb;
 use tonic::Status;
 
+use super::clones;
 use super::convert;
 use super::member::{Fault, Member};
 use crate::model::{
@@ -64,6 +65,9 @@ impl Member {
         request: pb::CreateVolumeRequest,
     ) -> Result<pb::Volume> {
         let key = convert::request_key(&request.request_id)?;
+        if let Some(source) = request.source.clone() {
+            return self.create_clone(key, request, &source).await;
+        }
         self.linearize().await?;
         // A retry or an existing volume is answered without placing anything: there may be no room left.
         let planned = self.with_view(|state, view| {
@@ -113,15 +117,20 @@ impl Member {
     }
 
     pub(super) async fn get_volume(&self, request: pb::GetVolumeRequest) -> Result<pb::Volume> {
-        self.linearize().await?;
-        let state = self.shared.state();
-        let volume = if request.volume_id.is_empty() {
-            state.volume_by_name(&request.name)
+        let id = if request.volume_id.is_empty() {
+            None
         } else {
-            let found = state.volume(volume_id(&request.volume_id)?);
-            found.filter(|v| !v.hidden)
+            Some(volume_id(&request.volume_id)?)
         };
-        let volume = volume.ok_or_else(|| {
+        self.linearize().await?;
+        let found = self.with_view(|state, view| {
+            let volume = match id {
+                Some(id) => state.volume(id).filter(|v| !v.hidden),
+                None => state.volume_by_name(&request.name),
+            };
+            volume.map(|v| clones::message(state, view, v))
+        });
+        let volume = found.ok_or_else(|| {
             let shown: String = request
                 .name
                 .chars()
@@ -131,7 +140,7 @@ impl Member {
                 "volume {shown:?} does not exist; see `ashlar volume list`"
             ))
         })?;
-        Ok(view::volume(&state, volume))
+        Ok(volume)
     }
 
     pub(super) async fn list_volumes(
@@ -184,8 +193,17 @@ impl Member {
         request: pb::OpenVolumeRequest,
     ) -> Result<pb::OpenVolumeResponse> {
         let operation = match pb::AttachMode::try_from(request.mode) {
+            Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) if request.revert => {
+                Operation::OpenToRevert
+            }
             Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) => Operation::OpenVolume,
-            Ok(pb::AttachMode::ReadOnly) => Operation::JoinVolume,
+            Ok(pb::AttachMode::ReadOnly) if !request.revert => Operation::JoinVolume,
+            Ok(pb::AttachMode::ReadOnly) => {
+                return Err(Status::invalid_argument(
+                    "mode: a volume is opened exclusively to revert it",
+                )
+                .into());
+            }
             Ok(pb::AttachMode::Shared) | Err(_) => {
                 return Err(Status::invalid_argument(
                     "mode: this version attaches volumes exclusively or read-only",
@@ -359,7 +377,7 @@ impl Member {
     }
 }
 
-fn round_up(bytes: u64) -> u64 {
+pub(super) fn round_up(bytes: u64) -> u64 {
     bytes
         .checked_next_multiple_of(BLOCK_SIZE as u64)
         .unwrap_or(u64::MAX)

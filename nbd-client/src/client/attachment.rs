@@ -191,6 +191,7 @@ impl Volume {
             node_id: self.node.to_vec(),
             client_name: client_name(),
             mode: mode as i32,
+            revert: false,
             force: self.force,
         };
         self.members

@@ -173,6 +173,9 @@ unserved! {
     delete_pool(DeletePoolRequest) -> DeletePoolResponse;
     list_pools(ListPoolsRequest) -> ListPoolsResponse;
     create_volume(CreateVolumeRequest) -> Volume;
+    flatten_volume(FlattenVolumeRequest) -> Volume;
+    begin_revert(BeginRevertRequest) -> Volume;
+    end_revert(EndRevertRequest) -> Volume;
     list_volumes(ListVolumesRequest) -> ListVolumesResponse;
     resize_volume(ResizeVolumeRequest) -> Volume;
     delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse;

@@ -211,6 +211,9 @@ fn disk_status(report: &DiskReport) -> DiskStatus {
                 volume_id: l.volume.to_vec(),
                 revision: l.revision,
                 chunks_left: l.chunks_left,
+                // Not said: metadata takes it for linked.
+                inherits: None,
+                inherited_left: 0,
             })
             .collect(),
     }

@@ -8,7 +8,7 @@ const OTHER: VolumeId = VolumeId([8; 16]);
 
 use RefusalCode::{Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound};
 
-fn snapshot_id(n: u8) -> SnapshotId {
+pub(super) fn snapshot_id(n: u8) -> SnapshotId {
     SnapshotId(id16(n))
 }
 
@@ -21,7 +21,7 @@ fn new(n: u8, name: &str, volume: VolumeId) -> NewSnapshot {
     }
 }
 
-fn reserve(n: u8, name: &str) -> Operation {
+pub(super) fn reserve(n: u8, name: &str) -> Operation {
     reserve_as(snapshot_id(n), name)
 }
 
@@ -50,7 +50,7 @@ fn reserve_both(n: u8, group: &str) -> Operation {
     })
 }
 
-fn commit(snapshots: &[(u8, Option<(u8, u64)>)]) -> Operation {
+pub(super) fn commit(snapshots: &[(u8, Option<(u8, u64)>)]) -> Operation {
     let one = |(n, holder): &(u8, Option<(u8, u64)>)| CommitSnapshot {
         snapshot: snapshot_id(*n),
         holder: holder.map(|(c, e)| (client(c), Epoch(e))),
@@ -58,7 +58,7 @@ fn commit(snapshots: &[(u8, Option<(u8, u64)>)]) -> Operation {
     Operation::CommitSnapshots(snapshots.iter().map(one).collect())
 }
 
-fn delete(ids: &[u8]) -> Operation {
+pub(super) fn delete(ids: &[u8]) -> Operation {
     Operation::DeleteSnapshots(ids.iter().copied().map(snapshot_id).collect())
 }
 
@@ -68,7 +68,7 @@ fn with_two() -> Machine {
     m
 }
 
-fn list(volume: &Volume) -> (u64, u32, Vec<u32>) {
+pub(super) fn list(volume: &Volume) -> (u64, u32, Vec<u32>) {
     let layers = &volume.layers;
     let live = layers.live.iter().map(|n| n.0).collect();
     (layers.revision, layers.settled.0, live)

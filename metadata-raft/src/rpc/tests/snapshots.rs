@@ -268,6 +268,7 @@ fn beat(n: u8, volume: &pb::Volume, revision: u64, chunks_left: u64) -> pb::Hear
             volume_id: volume.volume_id.clone(),
             revision,
             chunks_left,
+            ..Default::default()
         }];
     }
     beat
