@@ -64,6 +64,9 @@ pub enum Command {
     /// Snapshots in object storage (S3, NFS or a directory)
     #[command(subcommand)]
     Backup(commands::backup::BackupCommand),
+    /// Snapshots or backups at times, with retention
+    #[command(subcommand)]
+    Schedule(commands::schedule::ScheduleCommand),
     /// Replicas of volumes
     #[command(subcommand)]
     Replica(commands::replica::ReplicaCommand),

@@ -20,6 +20,9 @@ use super::repository::Repository;
 /// Objects that are deleted at the same time.
 const DELETIONS_IN_FLIGHT: usize = 16;
 
+/// Objects that are younger stay, unless an operator says otherwise.
+pub const GRACE: Duration = Duration::from_secs(24 * 3600);
+
 /// How to collect.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {

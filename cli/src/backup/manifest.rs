@@ -52,6 +52,9 @@ pub struct Manifest {
     pub backup_id: Uuid,
     /// Of what.
     pub origin: Origin,
+    /// The schedule that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
     /// Size of the volume.
     pub size_bytes: u64,
     /// Size of its segments.

@@ -37,6 +37,8 @@ pub struct Plan {
     pub base: Option<Manifest>,
     /// What must be read: what changed since the base, or, without one, what is not zeros.
     pub read: Reading,
+    /// The schedule that makes it.
+    pub schedule: Option<String>,
     /// How new objects are packed.
     pub compression: Compression,
 }
@@ -157,6 +159,7 @@ impl<'a> Writer<'a> {
             format: FORMAT,
             backup_id: Uuid::now_v7(),
             origin: self.plan.origin.clone(),
+            schedule: self.plan.schedule.clone(),
             size_bytes: self.geometry.size_bytes,
             segment_bytes: self.geometry.segment_bytes,
             base: self.plan.base.as_ref().map(|b| b.backup_id),

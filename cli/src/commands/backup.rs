@@ -232,6 +232,7 @@ struct BackupView {
     /// `full` or `incremental`; each can be restored alone.
     kind: &'static str,
     base: Option<String>,
+    schedule: Option<String>,
     began_unix_ms: u64,
     finished_unix_ms: u64,
     read_bytes: u64,
@@ -260,6 +261,7 @@ impl BackupView {
                 "full"
             },
             base: manifest.base.map(|b| b.to_string()),
+            schedule: manifest.schedule.clone(),
             began_unix_ms: manifest.began_unix_ms,
             finished_unix_ms: manifest.finished_unix_ms,
             read_bytes: manifest.read_bytes,
@@ -381,6 +383,10 @@ async fn show(backup: &str, args: &RepositoryArgs, output: Output) -> Result<()>
         ("Size", bytes(view.size_bytes)),
         ("Kind", view.kind.to_owned()),
         ("Base", view.base.clone().unwrap_or_else(|| "-".to_owned())),
+        (
+            "Schedule",
+            view.schedule.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
         ("Began", output::time(view.began_unix_ms)),
         ("Finished", output::time(view.finished_unix_ms)),
         ("Read", bytes(view.read_bytes)),

@@ -7,6 +7,7 @@ pub mod disk;
 pub mod node;
 pub mod pool;
 pub mod replica;
+pub mod schedule;
 pub mod snapshot;
 pub mod volume;
 
@@ -54,6 +55,7 @@ pub async fn run(cli: Cli) -> Result<()> {
             None => backup::run(command, &mut context(&cli)?).await,
         },
         Command::ExecBound { command } => Err(crate::dev::process::exec_bound(command)),
+        Command::Schedule(command) => schedule::run(command, &mut context(&cli)?).await,
         Command::Replica(command) => replica::run(command, &mut context(&cli)?).await,
     }
 }

@@ -154,6 +154,7 @@ fn manifests_are_refused_that_make_no_sense() {
         format: FORMAT,
         backup_id: Uuid::from_u128(9),
         origin: origin(),
+        schedule: None,
         size_bytes: 3 * u64::from(SEGMENT) + 4096,
         segment_bytes: SEGMENT,
         base: None,

@@ -84,6 +84,7 @@ fn plan(size: usize, base: Option<Manifest>, read: Reading) -> Plan {
         size_bytes: size as u64,
         base,
         read,
+        schedule: None,
         compression: Compression::Zstd,
     }
 }

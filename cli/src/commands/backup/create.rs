@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use ashlar_cli::backup::manifest::{Geometry, Origin};
 use ashlar_cli::backup::segments::SegmentSet;
 use ashlar_cli::backup::writer::{self, Plan, Reading};
-use ashlar_cli::backup::{Compression, Manifest, Repository};
+use ashlar_cli::backup::{Compression, Manifest, Repository, gc};
 use ashlar_proto::ids::SnapshotId;
 use ashlar_proto::rpc::metadata as pb;
 use clap::Args;
@@ -48,6 +48,12 @@ pub struct CreateArgs {
     /// How new objects are packed
     #[arg(long, value_enum, default_value_t)]
     compression: Compression,
+    /// Name to be kept with the backup, of the schedule that makes it
+    #[arg(long)]
+    schedule: Option<String>,
+    /// Deletes older backups of the volume by the same schedule: so many stay
+    #[arg(long, requires = "schedule", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -81,6 +87,9 @@ pub async fn run(args: &CreateArgs, context: &mut Context) -> Result<()> {
     };
     if taken && let Err(error) = delete_older(metadata, &snapshot, repository_id).await {
         tracing::warn!("the snapshot of the backup before could not be deleted: {error}");
+    }
+    if let (Some(schedule), Some(keep)) = (&args.schedule, args.keep) {
+        retain(&repository, &manifest, schedule, keep).await?;
     }
     let view = CreatedView {
         backup: BackupView::new(&manifest),
@@ -161,6 +170,41 @@ async fn delete_older(
     delete(metadata, older).await
 }
 
+/// Deletes all but the newest backups of a schedule, and what they alone needed.
+async fn retain(
+    repository: &Repository,
+    newest: &Manifest,
+    schedule: &str,
+    keep: u32,
+) -> Result<()> {
+    let (backups, _) = repository.backups().await.map_err(failed)?;
+    let own: Vec<_> = backups
+        .iter()
+        .filter(|m| m.schedule.as_deref() == Some(schedule))
+        .filter(|m| m.origin.volume_id == newest.origin.volume_id)
+        .filter(|m| m.origin.cluster_id == newest.origin.cluster_id)
+        .collect();
+    let superfluous = own.len().saturating_sub(keep as usize);
+    for manifest in &own[..superfluous] {
+        writer::delete(repository, &manifest.object_name())
+            .await
+            .map_err(failed)?;
+    }
+    if superfluous == 0 {
+        return Ok(());
+    }
+    let options = gc::Options {
+        grace: gc::GRACE,
+        dry_run: false,
+        break_locks: false,
+    };
+    // Another backup may be going on: then the next run collects what this one left.
+    if let Err(error) = gc::collect(repository, options).await {
+        tracing::info!("space of older backups is not freed yet: {error}");
+    }
+    Ok(())
+}
+
 async fn of_volume(metadata: &mut Metadata, volume_id: &[u8]) -> Result<Vec<pb::Snapshot>> {
     let request = pb::ListSnapshotsRequest {
         volume_id: volume_id.to_vec(),
@@ -197,6 +241,7 @@ async fn back_up(
         size_bytes: snapshot.size_bytes,
         base,
         read: Reading::Only(read),
+        schedule: args.schedule.clone(),
         compression: args.compression,
     };
     let id = output::id_text(&snapshot.snapshot_id);
