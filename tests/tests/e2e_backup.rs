@@ -351,10 +351,10 @@ fn a_damaged_object_is_found_and_healed(
 
 #[test]
 fn backups_in_an_s3_server_restore_exactly() {
-    let Some(server) = S3Server::start("bucket") else {
+    let cluster = Cluster::up(ClusterSpec::default());
+    let Some(server) = S3Server::start(&cluster, "bucket") else {
         return;
     };
-    let cluster = Cluster::up(ClusterSpec::default());
     cluster.volume("one", SIZE, 3);
     let key = cluster.scratch("key");
     std::fs::write(&key, [5; 32]).unwrap();

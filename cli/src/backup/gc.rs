@@ -15,7 +15,7 @@ use super::error::{BackupError, Result};
 use super::id::ContentId;
 use super::lock::{Lock, Purpose};
 use super::manifest::{content_name, parse_content_name};
-use super::repository::Repository;
+use super::repository::{Repository, blocking};
 
 /// Objects that are deleted at the same time.
 const DELETIONS_IN_FLIGHT: usize = 16;
@@ -130,5 +130,7 @@ async fn sweep(repository: &Repository, options: Options, lock: &Lock) -> Result
             .try_collect::<()>()
             .await?;
     }
+    let (storage, grace) = (storage.clone(), options.grace);
+    collected.deleted_objects += blocking(move || storage.sweep_unfinished(grace)).await?;
     Ok(collected)
 }

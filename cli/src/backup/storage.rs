@@ -4,7 +4,9 @@
 //! - An object appears whole or not at all, and is durable when [`Storage::put`] returns.
 //! - Nothing is read beyond the limit that the reader names.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -31,6 +33,8 @@ pub enum Absent {
 pub struct Storage {
     store: Arc<dyn ObjectStore>,
     url: String,
+    /// Of a local one.
+    directory: Option<PathBuf>,
 }
 
 impl Storage {
@@ -39,6 +43,7 @@ impl Storage {
         Self {
             store,
             url: url.to_owned(),
+            directory: None,
         }
     }
 
@@ -64,6 +69,7 @@ impl Storage {
                 "only a place belongs there; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY".into(),
             ));
         }
+        let mut local = None;
         let store: Arc<dyn ObjectStore> = match parsed.scheme() {
             "file" => {
                 let directory = parsed
@@ -76,6 +82,7 @@ impl Storage {
                 }
                 let store = local::LocalFileSystem::new_with_prefix(&directory)
                     .map_err(|e| wrong(e.to_string()))?;
+                local = Some(directory);
                 Arc::new(store.with_fsync(true))
             }
             "s3" => s3(&parsed).map_err(wrong)?,
@@ -85,7 +92,10 @@ impl Storage {
                 )));
             }
         };
-        Ok(Self::new(store, url))
+        Ok(Self {
+            directory: local,
+            ..Self::new(store, url)
+        })
     }
 
     /// The address.
@@ -161,6 +171,30 @@ impl Storage {
         }
     }
 
+    /// Deletes what puts that died left behind in a directory (files whose names end in `#` and a number, which are no
+    /// objects), if it is older than `grace`. Returns how many. What cannot be looked at stays.
+    pub(super) fn sweep_unfinished(&self, grace: Duration) -> u64 {
+        let mut deleted = 0;
+        let mut directories: Vec<PathBuf> = self.directory.iter().cloned().collect();
+        while let Some(directory) = directories.pop() {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            for entry in entries {
+                let Ok(meta) = entry.metadata() else { continue };
+                if meta.is_dir() {
+                    directories.push(entry.path());
+                    continue;
+                }
+                let age = meta.modified().ok().and_then(|t| t.elapsed().ok());
+                let name = entry.file_name();
+                let is_old = age.unwrap_or_default() >= grace;
+                if is_old && is_unfinished(&name.to_string_lossy()) {
+                    deleted += u64::from(std::fs::remove_file(entry.path()).is_ok());
+                }
+            }
+        }
+        deleted
+    }
+
     /// The objects under a prefix that ends at a `/`, in no order.
     pub(super) fn list(&self, prefix: &str) -> BoxStream<'_, Result<ObjectMeta>> {
         let name = prefix.to_owned();
@@ -169,6 +203,12 @@ impl Storage {
             .map_err(move |e| BackupError::storage(&name, e))
             .boxed()
     }
+}
+
+/// Whether a file is one that a put writes before it gives it the object's name.
+fn is_unfinished(name: &str) -> bool {
+    let number = name.rsplit_once('#').map(|(_, number)| number);
+    number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn s3(url: &url::Url) -> std::result::Result<Arc<dyn ObjectStore>, String> {

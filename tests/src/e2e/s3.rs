@@ -1,11 +1,13 @@
 //! A real S3 server (versitygw over a directory) on a port of loopback.
 
 use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::cluster::Cluster;
 use super::tools::{go_tool, have, wait_until};
 
 const ADDRESS: &str = "127.0.0.1";
@@ -20,11 +22,12 @@ pub struct S3Server {
 }
 
 impl S3Server {
-    /// Starts a server that has one bucket; `None`, with a loud line, if it is not installed.
+    /// Starts a server that has one bucket, where the cluster's processes reach it on loopback; `None`, with a loud line, if
+    /// it is not installed.
     ///
     /// # Panics
     /// If it does not come up.
-    pub fn start(bucket: &str) -> Option<Self> {
+    pub fn start(cluster: &Cluster, bucket: &str) -> Option<Self> {
         let program = go_tool("versitygw");
         if !have(&[&program]) {
             return None;
@@ -41,7 +44,8 @@ impl S3Server {
         let port = probe.local_addr().expect("its number").port();
         drop(probe);
         let log = std::fs::File::create(directory.path().join("log")).expect("log");
-        let child = Command::new(program)
+        let child = cluster
+            .command(Path::new(&program))
             .args(["--port", &format!("{ADDRESS}:{port}")])
             .args(["--access", ACCESS_KEY, "--secret", SECRET_KEY, "posix"])
             // Attributes in files of their own: not every file system of a test has extended ones.
@@ -59,7 +63,13 @@ impl S3Server {
             _directory: directory,
         };
         wait_until("the S3 server", Duration::from_secs(20), || {
-            std::net::TcpStream::connect((ADDRESS, port)).ok()
+            let open = format!("exec 3<>/dev/tcp/{ADDRESS}/{port}");
+            let status = cluster
+                .command(Path::new("bash"))
+                .args(["-c", &open])
+                .stderr(Stdio::null())
+                .status();
+            status.is_ok_and(|s| s.success()).then_some(())
         });
         Some(server)
     }

@@ -215,6 +215,22 @@ async fn garbage_is_not_collected_beside_a_backup_nor_before_its_time() {
 }
 
 #[tokio::test]
+async fn what_a_put_left_behind_in_a_directory_is_collected() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", directory.path().display());
+    let storage = Storage::open(&url, crate::backup::storage::Absent::Create).unwrap();
+    let repo = repository(&storage, Some(&secret())).await.unwrap();
+    let bytes = noise(8, 3 * SEGMENT as usize);
+    let manifest = full(&repo, &bytes).await.unwrap();
+    let left = directory.path().join("data").join("00").join("0123#1");
+    std::fs::create_dir_all(left.parent().unwrap()).unwrap();
+    std::fs::write(&left, b"half").unwrap();
+    assert_eq!(gc::collect(&repo, NOW).await.unwrap().deleted_objects, 1);
+    assert!(!left.exists());
+    assert!(restored(&repo, &manifest).await.unwrap() == bytes);
+}
+
+#[tokio::test]
 async fn a_backup_whose_lock_was_taken_away_is_not_listed() {
     struct Thief(Objects, Image);
     #[async_trait::async_trait]
