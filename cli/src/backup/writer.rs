@@ -182,10 +182,10 @@ impl<'a> Writer<'a> {
             Reading::Only(set) => set.clone(),
         };
         if let Some(base) = &self.plan.base {
-            // The volume grew: the base's last segment may have been shorter.
-            let grown = self.geometry.size_bytes - base.size_bytes;
-            if grown > 0 {
-                set.add(base.size_bytes.saturating_sub(1), grown + 1);
+            // If the volume grew, the base's last segment may have been shorter. What was written behind it is among
+            // what changed.
+            if self.geometry.size_bytes > base.size_bytes {
+                set.add(base.size_bytes - 1, 1);
             }
         }
         set

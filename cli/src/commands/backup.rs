@@ -167,11 +167,11 @@ fn failed(error: BackupError) -> CliError {
         ),
         _ => None,
     };
-    let mut message = error.to_string();
+    let mut message = brief(&error.to_string());
     // The storage's errors say in their sources what happened.
     let mut source = std::error::Error::source(&error).and_then(std::error::Error::source);
     while let Some(cause) = source {
-        let text = cause.to_string();
+        let text = brief(&cause.to_string());
         if !message.contains(&text) {
             message = format!("{message}: {text}");
         }
@@ -181,6 +181,21 @@ fn failed(error: BackupError) -> CliError {
     match hint {
         Some(hint) => error.hint(hint),
         None => error,
+    }
+}
+
+/// A storage's error without the document that it answered: that repeats the whole request.
+fn brief(text: &str) -> String {
+    let Some((before, document)) = text.split_once("<?xml") else {
+        return text.to_owned();
+    };
+    let between = |open: &str, close: &str| {
+        let rest = document.split_once(open)?.1;
+        Some(rest.split_once(close)?.0)
+    };
+    match between("<Code>", "</Code>") {
+        Some(code) => format!("{before}{code}"),
+        None => before.trim_end_matches([':', ' ']).to_owned(),
     }
 }
 

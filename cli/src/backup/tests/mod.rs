@@ -97,7 +97,9 @@ fn difference(old: &[u8], new: &[u8]) -> Reading {
     });
     for (index, block) in new.chunks(4096).enumerate() {
         let at = index * 4096;
-        if old.get(at..at + block.len()) != Some(block) {
+        // What the volume grew by is zeros until it is written.
+        let before = old.get(at..at + block.len()).unwrap_or(&[0; 4096]);
+        if before != block {
             set.add(at as u64, block.len() as u64);
         }
     }
