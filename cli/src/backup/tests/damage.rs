@@ -36,7 +36,8 @@ async fn every_flipped_bit_is_found_by_verify_and_by_restore() {
             .unwrap();
         let first = full(&repo, &old).await.unwrap();
         let plan = plan(new.len(), Some(first.clone()), difference(&old, &new));
-        let second = writer::backup(&repo, &Image::new(new.clone()), plan, &Silent);
+        let source = Image::new(new.clone());
+        let second = writer::backup(&repo, &source, plan, &Silent);
         let second = second.await.unwrap();
         let report = verify(&repo, None, true, &Silent).await.unwrap();
         assert!(report.problems.is_empty(), "{report:?}");

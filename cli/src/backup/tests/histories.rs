@@ -130,7 +130,8 @@ async fn volumes_of_many_pages_reuse_what_did_not_change() {
     let mut set = SegmentSet::none(first.geometry());
     set.add(length as u64 / 2, 4096);
     let plan = plan(length, Some(first.clone()), Reading::Only(set));
-    let second = writer::backup(&repo, &Image::new(image.clone()), plan, &Silent);
+    let source = Image::new(image.clone());
+    let second = writer::backup(&repo, &source, plan, &Silent);
     let second = second.await.unwrap();
     assert_eq!((second.read_bytes, second.sent_objects), (4096, 2));
     assert!(restored(&repo, &second).await.unwrap() == image);

@@ -245,7 +245,11 @@ async fn back_up(
         compression: args.compression,
     };
     let id = output::id_text(&snapshot.snapshot_id);
-    let export = Export::start(metadata.endpoints(), What::Snapshot(&id)).await?;
+    let what = What::Snapshot {
+        id: &id,
+        name: &snapshot.name,
+    };
+    let export = Export::start(metadata.endpoints(), what).await?;
     if export.client.size_bytes() != snapshot.size_bytes {
         return Err(CliError::error(format!(
             "nbd-client serves {} bytes, and the snapshot has {}: report this bug",

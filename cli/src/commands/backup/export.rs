@@ -22,8 +22,13 @@ const POLL: Duration = Duration::from_millis(50);
 /// What is exported.
 #[derive(Clone, Copy, Debug)]
 pub enum What<'a> {
-    /// A snapshot, by its id, to be read.
-    Snapshot(&'a str),
+    /// A snapshot, to be read.
+    Snapshot {
+        /// Its id.
+        id: &'a str,
+        /// Its name, which is the export's.
+        name: &'a str,
+    },
     /// A volume, by its name, to be written.
     Volume(&'a str),
 }
@@ -46,9 +51,9 @@ impl Export {
             .context(|| "make a temporary directory".to_owned())?;
         let (socket, log) = (directory.path().join("nbd"), directory.path().join("log"));
         let file = std::fs::File::create(&log).context(|| "make a log file".to_owned())?;
-        let (option, name) = match what {
-            What::Snapshot(id) => ("--snapshot", id),
-            What::Volume(name) => ("--volume", name),
+        let (option, wanted, name) = match what {
+            What::Snapshot { id, name } => ("--snapshot", id, name),
+            What::Volume(name) => ("--volume", name, name),
         };
         let doing = || "start nbd-client".to_owned();
         let own = std::env::current_exe().context(doing)?;
@@ -56,7 +61,7 @@ impl Export {
             .arg("exec-bound")
             .arg("--")
             .arg(sibling("nbd-client")?)
-            .args(["serve", "--metadata", &metadata.join(","), option, name])
+            .args(["serve", "--metadata", &metadata.join(","), option, wanted])
             .arg("--socket")
             .arg(&socket)
             .stdin(Stdio::null())
