@@ -1,5 +1,5 @@
 //! `ashlar-bench`: the demonstration (`demo`, behind `make demo`) and the measurements (`run`, behind
-//! `make bench`; `csi`: only its load on the CSI driver). All drive the real programs of the same build over their public interfaces: the
+//! `make bench`; `csi`: only its load on the CSI driver; `snapshots`: only snapshots and clones). All drive the real programs of the same build over their public interfaces: the
 //! `ashlar` command, `nbd-client`, and fio's nbd engine.
 //!
 //! Invariants:
@@ -16,6 +16,7 @@ mod matrix;
 mod report;
 mod run;
 mod series;
+mod snapshots;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,8 @@ enum Command {
     Run(run::RunArgs),
     /// Only the load on the CSI driver: volumes made, published, listed, unpublished and deleted
     Csi(csi::CsiArgs),
+    /// Only what snapshots and clones cost
+    Snapshots(snapshots::SnapshotArgs),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Csi(args) => csi::run(&args),
+        Command::Snapshots(args) => snapshots::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -211,6 +211,21 @@ pub fn limit_row(
     }
 }
 
+/// A row whose value must not be lower than this.
+pub fn floor_row(
+    id: &'static str,
+    title: impl Into<Cow<'static, str>>,
+    unit: &'static str,
+    value: f64,
+    least: f64,
+) -> Row {
+    Row {
+        bar: format!("≥ {}", number(least)),
+        passes: value >= least,
+        ..limit_row(id, title, unit, value, least)
+    }
+}
+
 /// A number with about three digits.
 pub fn number(value: f64) -> String {
     match value.abs() {

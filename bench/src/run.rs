@@ -20,7 +20,7 @@ use crate::fio::{self, Running, Target};
 use crate::matrix::{JOBS, Measurement, median};
 use crate::report::{Medians, Row, limit_row, speed_rows, table};
 use crate::series::{self, Phase};
-use crate::{chart, csi};
+use crate::{chart, csi, snapshots};
 
 const GIB: u64 = 1 << 30;
 const MIB: f64 = 1_048_576.0;
@@ -84,6 +84,8 @@ struct Results<'a> {
     rounds: &'a BTreeMap<&'static str, Rounds>,
     /// The load on the CSI driver, unless only the baselines were measured.
     csi: Option<&'a csi::Report>,
+    /// Likewise what snapshots and clones cost.
+    snapshots: Option<&'a snapshots::Report>,
 }
 
 /// Every round of every job of one target.
@@ -143,13 +145,18 @@ fn measure_all(args: &RunArgs, plan: Plan, out: &Path, work: &Path) -> Result<bo
     let of = |name: &str| medians.get(name).unwrap_or(&empty);
     let mut rows = speed_rows(of("raw"), of("qemu-nbd"), of("ashlar"));
     let mut csi_report = None;
+    let mut snapshot_report = None;
     if let Some(bench) = ashlar {
         rows.extend(bench.further_rows(plan, sockets.path(), work)?);
         let measured = csi::measure(&csi::Size::of_bench(plan.quick), work)?;
         rows.extend(measured.rows());
         csi_report = Some(measured);
+        let measured = snapshots::measure(&snapshots::Size::of_bench(plan.quick), work)?;
+        rows.extend(measured.rows());
+        snapshot_report = Some(measured);
     }
-    report(out, plan, &rows, &medians, &rounds, csi_report.as_ref())?;
+    let further = (csi_report.as_ref(), snapshot_report.as_ref());
+    report(out, plan, &rows, &medians, &rounds, further)?;
     Ok(!args.strict || rows.iter().all(|r| r.passes))
 }
 
@@ -165,7 +172,7 @@ fn report(
     rows: &[Row],
     medians: &BTreeMap<&'static str, Medians>,
     rounds: &BTreeMap<&'static str, Rounds>,
-    csi: Option<&csi::Report>,
+    (csi, snapshots): (Option<&csi::Report>, Option<&snapshots::Report>),
 ) -> Result<()> {
     let results = Results {
         machine: machine::description(),
@@ -175,6 +182,7 @@ fn report(
         medians: medians.iter().map(|(name, m)| (*name, m)).collect(),
         rounds,
         csi,
+        snapshots,
     };
     let json = out.join("bench.json");
     std::fs::write(&json, serde_json::to_string_pretty(&results)?)?;
@@ -183,6 +191,9 @@ fn report(
     println!("\n{}", table(rows));
     if let Some(csi) = csi {
         println!("{}", csi.table());
+    }
+    if let Some(snapshots) = snapshots {
+        println!("{}", snapshots.table());
     }
     let short = rows.iter().filter(|r| !r.passes).count();
     if short > 0 {

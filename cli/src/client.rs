@@ -95,6 +95,12 @@ impl Metadata {
         &self.endpoints
     }
 
+    /// The members, as `host:port`.
+    pub fn addresses(&self) -> Vec<String> {
+        let plain = |e: &String| e.strip_prefix("http://").unwrap_or(e).to_owned();
+        self.endpoints.iter().map(plain).collect()
+    }
+
     /// Asks the cluster, with failover. `doing` says what for, as in "create the pool".
     pub async fn call<Q, A, F>(&mut self, doing: &str, request: Q, ask: F) -> Result<A>
     where

@@ -87,9 +87,69 @@ impl Output {
         print(&table.trim_fmt())
     }
 
+    /// A list that is written while it is found out; `header` and the lines of the rows are for people.
+    pub fn rows(self, header: &str) -> Result<Rows> {
+        let mut rows = Rows {
+            json: self.is_json(),
+            first: true,
+            out: std::io::BufWriter::new(std::io::stdout().lock()),
+        };
+        rows.write(if rows.json { "[" } else { header })?;
+        Ok(rows)
+    }
+
     fn json<T: Serialize>(self, value: &T) -> Result<()> {
         let text = serde_json::to_string_pretty(value).context(|| "write JSON".to_owned())?;
         print(&text)
+    }
+}
+
+/// See [`Output::rows`].
+pub struct Rows {
+    json: bool,
+    first: bool,
+    out: std::io::BufWriter<std::io::StdoutLock<'static>>,
+}
+
+impl Rows {
+    /// The next row; false: the reader had enough.
+    pub fn row<T: Serialize>(&mut self, item: &T, line: &str) -> Result<bool> {
+        if !self.json {
+            return self.write(&format!("\n{line}"));
+        }
+        let text = serde_json::to_string(item).context(|| "write JSON".to_owned())?;
+        let comma = if std::mem::take(&mut self.first) {
+            ""
+        } else {
+            ","
+        };
+        self.write(&format!("{comma}\n  {text}"))
+    }
+
+    /// The end, with a sentence for people.
+    pub fn end(mut self, sentence: &str) -> Result<()> {
+        let last = if self.json {
+            "\n]\n".to_owned()
+        } else {
+            format!("\n{sentence}\n")
+        };
+        if self.write(&last)? {
+            end_of_output(self.out.flush())?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, text: &str) -> Result<bool> {
+        end_of_output(self.out.write_all(text.as_bytes()))
+    }
+}
+
+/// False: a reader that has seen enough went away.
+fn end_of_output(result: std::io::Result<()>) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(e).context(|| "write to standard output".to_owned()),
     }
 }
 

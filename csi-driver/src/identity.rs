@@ -17,8 +17,8 @@ pub struct IdentityService {
 }
 
 impl IdentityService {
-    /// Of the driver with this name; `controller`: whether this process serves the Controller and
-    /// GroupController services.
+    /// Of the driver with this name; `controller`: whether this process serves the Controller,
+    /// GroupController and SnapshotMetadata services.
     pub fn new(name: String, controller: bool) -> Self {
         Self { name, controller }
     }
@@ -68,6 +68,7 @@ impl Identity for IdentityService {
         if self.controller {
             capabilities.push(service(service::Type::ControllerService));
             capabilities.push(service(service::Type::GroupControllerService));
+            capabilities.push(service(service::Type::SnapshotMetadataService));
         }
         capabilities.push(PluginCapability {
             r#type: Some(plugin_capability::Type::VolumeExpansion(VolumeExpansion {

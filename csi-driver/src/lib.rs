@@ -21,6 +21,7 @@ pub mod parameters;
 pub mod redact;
 pub mod rpc;
 pub mod server;
+pub mod snapshot_metadata;
 pub mod snapshots;
 pub mod topology;
 pub mod validate;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_platform::observe::{ObserveError, Observer};
+use nbd_client::extents::BlockLists;
 use tonic::transport::Server;
 
 use crate::attach::Attacher;
@@ -21,6 +22,8 @@ use crate::rpc::controller_server::ControllerServer;
 use crate::rpc::group_controller_server::GroupControllerServer;
 use crate::rpc::identity_server::IdentityServer;
 use crate::rpc::node_server::NodeServer;
+use crate::rpc::snapshot_metadata_server::SnapshotMetadataServer;
+use crate::snapshot_metadata::SnapshotMetadataService;
 
 /// Largest request that is read: capabilities and maps are bounded, so this is plenty.
 const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -43,7 +46,7 @@ pub struct Options {
     pub metadata: Vec<String>,
     /// As in `csi.ashlar.io`.
     pub driver_name: String,
-    /// Whether the Controller and GroupController services are served.
+    /// Whether the Controller, GroupController and SnapshotMetadata services are served.
     pub controller: bool,
     /// The Node service, if it is served.
     pub node: Option<NodeConfig>,
@@ -66,6 +69,9 @@ pub enum ServeError {
     /// An address is none.
     #[error(transparent)]
     Address(#[from] BadAddress),
+    /// Likewise.
+    #[error(transparent)]
+    Lists(nbd_client::client::BadAddress),
     /// No socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -101,6 +107,13 @@ pub async fn serve(
     let group_controller = options
         .controller
         .then(|| GroupControllerService::new(metadata.clone()));
+    let snapshot_metadata = match options.controller {
+        false => None,
+        true => {
+            let lists = BlockLists::new(&options.metadata).map_err(ServeError::Lists)?;
+            Some(SnapshotMetadataService::new(lists))
+        }
+    };
     let node = match options.node {
         None => None,
         Some(config) => Some(node(config, metadata.clone())?),
@@ -131,6 +144,7 @@ pub async fn serve(
             .add_optional_service(group_controller.map(|service| {
                 GroupControllerServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
             }))
+            .add_optional_service(snapshot_metadata.map(SnapshotMetadataServer::new))
             .add_optional_service(node.map(|service| {
                 NodeServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX)
             }));

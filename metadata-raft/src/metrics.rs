@@ -103,7 +103,8 @@ pub const SNAPSHOTS: Metric = Metric::gauge(
     "ashlar_metadata_snapshots",
     Unit::Count,
     &["state"],
-    "Snapshots by state: pending (being taken), ready, or deleting (a disk still has to free what they kept)",
+    "Snapshots by state: pending (being taken), ready, deleting (a disk still has to free what they kept), or hidden (deleted, and \
+     kept for clones)",
 );
 /// What disks have to drop.
 pub const REPLICAS_TO_DROP: Metric = Metric::gauge(

@@ -143,7 +143,7 @@ impl BlockLists {
 
 fn start(source: source::Source, start_offset: u64) -> Result<Extents, ExtentsError> {
     let size_bytes = source.size_bytes();
-    if start_offset > 0 && start_offset >= size_bytes {
+    if start_offset > size_bytes {
         return Err(ExtentsError::OutOfRange {
             offset: start_offset,
             size_bytes,

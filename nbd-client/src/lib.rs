@@ -6,6 +6,7 @@
 //! - [`extents`]: which bytes of a snapshot have data, or differ from another.
 //! - [`metrics`]: the names of all metrics.
 //! - [`node`]: volumes as devices of this machine's kernel.
+//! - [`revert`]: a volume becomes what a snapshot of it shows.
 //!
 //! Architecture invariant: `engine` and `nbd` do no I/O and know neither tokio nor sockets.
 
@@ -15,3 +16,4 @@ pub mod extents;
 pub mod metrics;
 pub mod nbd;
 pub mod node;
+pub mod revert;

@@ -6,19 +6,12 @@ use ashlar_tests::e2e::csi::CsiNode;
 use ashlar_tests::e2e::uml::{Network, PROGRAMS};
 use ashlar_tests::e2e::{Cluster, go_tool, have};
 
-/// Volumes made from snapshots, which are refused so far; the suite takes the capability for snapshots to promise them.
-const NOT_YET: &str = "source snapshot";
-
 /// Groups that may be skipped: their capability is not declared, or they are the suite's own options.
-const MAY_SKIP: [&str; 9] = [
-    "source volume",
+const MAY_SKIP: [&str; 5] = [
     "VolumeHealth",
     "StorageHealth",
     "attach limit",
     "pagination should detect",
-    "Volume Cloning",
-    "existing source",
-    "volume source",
     "accessibility requirements",
 ];
 
@@ -37,7 +30,7 @@ fn sanity(access: &str) {
     let (status, output) = node.run(&format!(
         "mkdir -p /tmp/csi; cd /tmp; timeout 170 /share/csi-sanity -csi.endpoint unix:///csi/csi.sock -csi.mountdir /tmp/csi/mount \
          -csi.stagingdir /tmp/csi/staging -csi.testvolumesize $((1<<30)) -csi.testvolumeexpandsize $((3<<29)) \
-         -csi.testvolumeaccesstype {access} --ginkgo.skip '{NOT_YET}' --ginkgo.no-color --ginkgo.junit-report /share/junit.xml"
+         -csi.testvolumeaccesstype {access} --ginkgo.no-color --ginkgo.junit-report /share/junit.xml"
     ));
     let summary = output
         .lines()

@@ -119,18 +119,6 @@ fn snapshots_are_taken_once_listed_and_deleted_and_outlive_their_volume() {
         let refused = c.get_snapshot(get("none")).await.unwrap_err();
         assert_eq!(refused.code(), Code::NotFound);
 
-        // Restoring is not there yet, and says so.
-        let mut restored = create("restored", GIB, &[]);
-        restored.volume_content_source = Some(rpc::VolumeContentSource {
-            r#type: Some(volume_content_source::Type::Snapshot(
-                volume_content_source::SnapshotSource {
-                    snapshot_id: first.snapshot_id.clone(),
-                },
-            )),
-        });
-        let refused = c.create_volume(restored).await.unwrap_err();
-        assert_eq!(refused.code(), Code::InvalidArgument);
-
         // The volume goes; its snapshots stay, and a retry still finds them.
         let gone = rpc::DeleteVolumeRequest {
             volume_id: a.clone(),
@@ -221,5 +209,103 @@ fn a_group_is_taken_and_deleted_as_a_whole() {
         }
         let all = rpc::ListSnapshotsRequest::default();
         assert!(listed(&mut c, all).await.is_empty());
+    });
+}
+
+fn from_snapshot(id: &str) -> rpc::VolumeContentSource {
+    rpc::VolumeContentSource {
+        r#type: Some(volume_content_source::Type::Snapshot(
+            volume_content_source::SnapshotSource {
+                snapshot_id: id.to_owned(),
+            },
+        )),
+    }
+}
+
+fn from_volume(id: &str) -> rpc::VolumeContentSource {
+    rpc::VolumeContentSource {
+        r#type: Some(volume_content_source::Type::Volume(
+            volume_content_source::VolumeSource {
+                volume_id: id.to_owned(),
+            },
+        )),
+    }
+}
+
+fn made_from(name: &str, bytes: i64, source: rpc::VolumeContentSource) -> rpc::CreateVolumeRequest {
+    rpc::CreateVolumeRequest {
+        volume_content_source: Some(source),
+        ..create(name, bytes, &[])
+    }
+}
+
+#[test]
+fn volumes_are_made_from_snapshots_and_volumes_and_unwind() {
+    let cluster = Cluster::up(ClusterSpec::default());
+    cluster.ok(&["pool", "create", "default"]);
+    let driver = Driver::controller_only(&cluster, "csi");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut c = driver.controller();
+        let origin = volume(&mut c, "origin").await;
+        let snapshot = taken(&mut c, "snapshot-1", &origin).await.snapshot_id;
+        let make = |request| {
+            let mut c = c.clone();
+            async move {
+                let made = c.create_volume(request).await?;
+                Ok::<_, tonic::Status>(made.into_inner().volume.unwrap())
+            }
+        };
+
+        // As large as the source if nothing is said, or larger; once.
+        let restored = made_from("restored", 0, from_snapshot(&snapshot));
+        let first = make(restored.clone()).await.unwrap();
+        assert_eq!(first.capacity_bytes, GIB);
+        assert_eq!(first.content_source, Some(from_snapshot(&snapshot)));
+        assert_eq!(make(restored).await.unwrap(), first);
+        let cloned = made_from("cloned", 2 * GIB, from_volume(&origin));
+        let second = make(cloned.clone()).await.unwrap();
+        assert_eq!(second.capacity_bytes, 2 * GIB);
+        assert_eq!(second.content_source, Some(from_volume(&origin)));
+        assert_eq!(make(cloned).await.unwrap(), second);
+        let shown = cluster.json(&["snapshot", "list"]);
+        assert_eq!(shown.as_array().unwrap().len(), 1, "{shown}");
+
+        for (request, code) in [
+            (
+                made_from("small", GIB / 2, from_snapshot(&snapshot)),
+                Code::OutOfRange,
+            ),
+            (
+                made_from("small", GIB / 2, from_volume(&origin)),
+                Code::OutOfRange,
+            ),
+            (made_from("x", GIB, from_snapshot("none")), Code::NotFound),
+            (made_from("x", GIB, from_volume(&snapshot)), Code::NotFound),
+            (
+                made_from("restored", GIB, from_volume(&origin)),
+                Code::AlreadyExists,
+            ),
+            (create("restored", GIB, &[]), Code::AlreadyExists),
+            (
+                made_from("origin", GIB, from_snapshot(&snapshot)),
+                Code::AlreadyExists,
+            ),
+        ] {
+            let refused = make(request).await.unwrap_err();
+            assert_eq!(refused.code(), code, "{refused}");
+        }
+
+        // Sources go first.
+        c.delete_snapshot(drop_one(&snapshot)).await.unwrap();
+        for volume in [&origin, &first.volume_id, &second.volume_id] {
+            let gone = rpc::DeleteVolumeRequest {
+                volume_id: volume.clone(),
+                ..Default::default()
+            };
+            c.delete_volume(gone).await.unwrap();
+        }
+        assert_eq!(cluster.json(&["volume", "list"]), serde_json::json!([]));
+        cluster.ok(&["pool", "delete", "default"]);
     });
 }

@@ -51,13 +51,13 @@ fn readers_come_and_go_in_three_hundred_clusters() {
 }
 
 #[test]
-fn snapshots_are_taken_in_four_hundred_clusters() {
+fn snapshots_are_taken_in_eight_hundred_clusters() {
     let options = Options {
         snapshots: true,
         ..Options::default()
     };
     let mut failures = Vec::new();
-    let summary = run::many(0..400, THREADS, &options, |report| {
+    let summary = run::many(0..800, THREADS, &options, |report| {
         if let Some(failure) = &report.failure {
             failures.push(format!("seed {}: {failure}", report.seed));
         }
@@ -68,7 +68,29 @@ fn snapshots_are_taken_in_four_hundred_clusters() {
         "{}\nreplay with: ashlar-sim --snapshots --verbose --seed N",
         failures.join("\n")
     );
-    assert!(summary.snapshots > 800, "{summary:?}");
+    assert!(summary.snapshots > 1600, "{summary:?}");
+}
+
+#[test]
+fn twelve_hundred_clones_inherit_what_they_should_and_nothing_else() {
+    let options = Options {
+        snapshots: true,
+        clones: true,
+        ..Options::default()
+    };
+    let mut failures = Vec::new();
+    let summary = run::many(0..1200, THREADS, &options, |report| {
+        if let Some(failure) = &report.failure {
+            failures.push(format!("seed {}: {failure}", report.seed));
+        }
+        failures.len() < 5
+    });
+    assert!(
+        failures.is_empty(),
+        "{}\nreplay with: ashlar-sim --snapshots --clones --verbose --seed N",
+        failures.join("\n")
+    );
+    assert!(summary.snapshots > 2400, "{summary:?}");
 }
 
 #[test]

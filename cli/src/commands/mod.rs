@@ -1,12 +1,15 @@
 //! One noun per file. Each turns arguments into requests and answers into a table or JSON.
 
 pub mod backup;
+pub mod clone;
 pub mod cluster;
 pub mod dev;
 pub mod disk;
+pub mod extents;
 pub mod node;
 pub mod pool;
 pub mod replica;
+pub mod revert;
 pub mod schedule;
 pub mod snapshot;
 pub mod volume;

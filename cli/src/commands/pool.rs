@@ -67,6 +67,27 @@ impl From<FailureDomain> for pb::FailureDomain {
     }
 }
 
+/// Which clones are made independent of their sources without being asked.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flatten {
+    /// None.
+    Never,
+    /// Those of a volume or snapshot that was deleted.
+    Orphaned,
+    /// All.
+    Always,
+}
+
+impl From<Flatten> for pb::FlattenPolicy {
+    fn from(flatten: Flatten) -> Self {
+        match flatten {
+            Flatten::Never => Self::Never,
+            Flatten::Orphaned => Self::Orphaned,
+            Flatten::Always => Self::Always,
+        }
+    }
+}
+
 /// Settings of a pool.
 #[derive(Args, Debug, Default)]
 pub struct SpecArgs {
@@ -85,6 +106,9 @@ pub struct SpecArgs {
     /// How much may be promised, in percent of the capacity [default: 1000]
     #[arg(long, value_name = "PERCENT")]
     overprovision: Option<u32>,
+    /// Which clones are made independent of their sources in the background [default: orphaned]
+    #[arg(long, value_enum)]
+    flatten: Option<Flatten>,
 }
 
 impl SpecArgs {
@@ -103,6 +127,9 @@ impl SpecArgs {
         if let Some(percent) = self.overprovision {
             spec.overprovision_percent = percent;
         }
+        if let Some(flatten) = self.flatten {
+            spec.set_flatten(flatten.into());
+        }
         spec
     }
 
@@ -112,6 +139,7 @@ impl SpecArgs {
             && self.selector.is_empty()
             && !self.no_selector
             && self.overprovision.is_none()
+            && self.flatten.is_none()
     }
 }
 
@@ -123,6 +151,8 @@ struct PoolView {
     failure_domain: &'static str,
     selector: BTreeMap<String, String>,
     overprovision_percent: u32,
+    /// Which clones are made independent without being asked: `never`, `orphaned` or `always`.
+    flatten: &'static str,
     disks: u32,
     capacity_bytes: u64,
     used_bytes: u64,
@@ -143,6 +173,11 @@ impl PoolView {
                 pb::FailureDomain::Node | pb::FailureDomain::Unspecified => "node",
             },
             overprovision_percent: spec.overprovision_percent,
+            flatten: match spec.flatten() {
+                pb::FlattenPolicy::Never => "never",
+                pb::FlattenPolicy::Always => "always",
+                pb::FlattenPolicy::Orphaned | pb::FlattenPolicy::Unspecified => "orphaned",
+            },
             selector: spec.selector.into_iter().collect(),
             disks: pool.disk_count,
             capacity_bytes: pool.capacity_bytes,

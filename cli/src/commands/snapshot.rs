@@ -33,6 +33,20 @@ pub enum SnapshotCommand {
         /// Name or id
         snapshot: String,
     },
+    /// Which bytes of a snapshot have data
+    Extents {
+        /// Name or id
+        snapshot: String,
+    },
+    /// Which bytes differ between two snapshots of a volume
+    Diff {
+        /// Name or id of the older one
+        base: String,
+        /// Name or id of the newer one
+        snapshot: String,
+    },
+    /// Brings a detached volume back to what a snapshot of it shows
+    Revert(super::revert::RevertArgs),
     /// Deletes snapshots; what they alone kept is freed in the background
     Delete(DeleteArgs),
 }
@@ -92,6 +106,8 @@ pub struct SnapshotView {
     /// While it is being deleted: replicas that are not done, and what they said is left to look at.
     replicas_left: u32,
     chunks_left: u64,
+    /// Volumes that inherit from it.
+    clones: u32,
 }
 
 impl SnapshotView {
@@ -116,6 +132,7 @@ impl SnapshotView {
             labels: snapshot.labels.clone().into_iter().collect(),
             replicas_left: snapshot.replicas_left,
             chunks_left: snapshot.chunks_left,
+            clones: snapshot.clones,
         }
     }
 
@@ -151,6 +168,11 @@ pub async fn run(command: &SnapshotCommand, context: &mut Context) -> Result<()>
             list(volume.as_deref(), group.as_deref(), context).await
         }
         SnapshotCommand::Show { snapshot } => show(snapshot, context).await,
+        SnapshotCommand::Extents { snapshot } => super::extents::extents(snapshot, context).await,
+        SnapshotCommand::Diff { base, snapshot } => {
+            super::extents::diff(base, snapshot, context).await
+        }
+        SnapshotCommand::Revert(args) => super::revert::run(args, context).await,
         SnapshotCommand::Delete(args) => delete(args, context).await,
     }
 }

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use super::Context;
+use super::clone::{self, FlattenView, ParentView};
 use super::cluster::redundancy;
 use super::snapshot::{self, SnapshotView};
 use crate::args::parse_label;
@@ -48,6 +49,8 @@ pub enum VolumeCommand {
         #[arg(short, long)]
         yes: bool,
     },
+    /// Makes a copy independent of what it was copied from, in the background
+    Flatten(clone::FlattenArgs),
     /// Takes back the right to attach a volume, for a node that is gone for good; a client that still
     /// holds the volume there loses it at once
     Unpublish {
@@ -67,9 +70,12 @@ pub enum VolumeCommand {
 pub struct CreateArgs {
     /// Its name
     name: String,
-    /// Its size, as in 10GiB
-    #[arg(long, value_parser = size::parse)]
-    size: u64,
+    /// Its size, as in 10GiB [of a copy: the source's]
+    #[arg(long, value_parser = size::parse, required_unless_present_any = ["from_snapshot", "from_volume"])]
+    size: Option<u64>,
+    /// What it is a copy of; it is there at once, on the same disks
+    #[command(flatten)]
+    source: clone::SourceArgs,
     /// Pool for its replicas [default: the only pool]
     #[arg(long)]
     pool: Option<String>,
@@ -160,6 +166,11 @@ struct VolumeView {
     readers: Vec<HolderView>,
     publications: Vec<PublicationView>,
     format: Option<FormatView>,
+    /// What it inherits from, if it is a copy that is not independent.
+    parent: Option<ParentView>,
+    flatten: Option<FlattenView>,
+    /// The snapshot that it is being reverted to.
+    reverting: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     replica_list: Vec<VolumeReplicaView>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -207,6 +218,9 @@ impl VolumeView {
                 },
                 fs_type: f.fs_type.clone(),
             }),
+            parent: volume.parent.as_ref().map(ParentView::new),
+            flatten: volume.flatten.as_ref().map(FlattenView::new),
+            reverting: volume.reverting.as_ref().map(|r| r.snapshot_name.clone()),
             replica_list: Vec::new(),
             snapshots: None,
         }
@@ -260,6 +274,7 @@ pub async fn run(command: &VolumeCommand, context: &mut Context) -> Result<()> {
         VolumeCommand::Show { volume } => show(volume, context).await,
         VolumeCommand::Resize { volume, size } => resize(volume, *size, context).await,
         VolumeCommand::Delete { volume, yes } => delete(volume, *yes, context).await,
+        VolumeCommand::Flatten(args) => clone::flatten(args, context).await,
         VolumeCommand::Unpublish { volume, node, yes } => {
             unpublish(volume, node.as_deref(), *yes, context).await
         }
@@ -282,14 +297,16 @@ async fn only_pool(context: &mut Context) -> Result<String> {
 }
 
 async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
+    let source = args.source.find(context).await?;
     let pool = match &args.pool {
         Some(pool) => pool.clone(),
+        None if source.is_some() => String::new(),
         None => only_pool(context).await?,
     };
     let request = pb::CreateVolumeRequest {
         request_id: request_id(),
         name: args.name.clone(),
-        size_bytes: args.size,
+        size_bytes: args.size.unwrap_or(0),
         pool,
         replicas: args.replicas.unwrap_or(0),
         min_replicas: args.min_replicas.unwrap_or(0),
@@ -297,7 +314,7 @@ async fn create(args: &CreateArgs, context: &mut Context) -> Result<()> {
         labels: args.labels.iter().cloned().collect(),
         preferred_node: args.preferred_node.clone().unwrap_or_default(),
         require_preferred_node: false,
-        source: None,
+        source,
     };
     let doing = format!("create the volume {:?}", args.name);
     let mut volume = context
@@ -335,6 +352,7 @@ async fn list(pool: Option<&str>, context: &mut Context) -> Result<()> {
         Column::Right("groups"),
         Column::Right("epoch"),
         Column::Left("holder"),
+        Column::Left("copy of"),
         Column::Left("id"),
     ];
     context.output.list(&views, &header, |v| {
@@ -347,6 +365,7 @@ async fn list(pool: Option<&str>, context: &mut Context) -> Result<()> {
             cell(v.groups),
             cell(v.epoch),
             cell(v.holder_text()),
+            cell(clone::text(v.parent.as_ref(), None)),
             cell(&v.id),
         ]
     })
@@ -422,6 +441,14 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
             .to_owned(),
         ),
         ("Snapshots", snapshots.to_string()),
+        (
+            "Copy of",
+            clone::text(view.parent.as_ref(), view.flatten.as_ref()),
+        ),
+        (
+            "Reverting to",
+            view.reverting.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
         ("Labels", output::labels(&view.labels)),
     ];
     context.output.object(&view, &fields)?;

@@ -6,6 +6,7 @@
 use ashlar_proto::rpc::metadata as pb;
 use tonic::Code;
 
+use super::source::Source;
 use super::{ControllerService, csi_volume, no_mutable_parameters};
 use crate::errors::{Error, Result};
 use crate::metadata::{Metadata, request_id};
@@ -21,6 +22,7 @@ struct Wish {
     range: Range,
     parameters: Parameters,
     near: Option<String>,
+    source: Option<Source>,
 }
 
 impl Wish {
@@ -31,12 +33,6 @@ impl Wish {
         let capabilities =
             validate::capabilities("volume_capabilities", &request.volume_capabilities)?;
         no_mutable_parameters(&request.mutable_parameters)?;
-        if request.volume_content_source.is_some() {
-            return Err(Error::invalid(
-                "volume_content_source",
-                "volumes made from snapshots or other volumes are not supported yet",
-            ));
-        }
         let parameters = Parameters::parse(&request.parameters)?;
         for (at, capability) in capabilities.iter().enumerate() {
             if let (Access::Mount { fs_type, .. }, Some(class)) =
@@ -67,6 +63,7 @@ impl Wish {
             range: Range::parse(request.capacity_range.as_ref())?,
             parameters,
             near,
+            source: Source::parse(request.volume_content_source.as_ref())?,
         })
     }
 
@@ -83,6 +80,9 @@ impl Wish {
         let wished = parameters.labels(&self.csi_name);
         if labels.get(NAME_LABEL) != Some(&self.csi_name) {
             return differs("origin (it was not made for this CSI name)");
+        }
+        if Source::of(&volume) != self.source {
+            return differs("source");
         }
         if !self.range.admits(volume.size_bytes) {
             return differs("size");
@@ -114,6 +114,10 @@ impl Wish {
         if let Some(pool) = &self.parameters.pool {
             return Ok(pool.clone());
         }
+        if self.source.is_some() {
+            // Where the source is.
+            return Ok(String::new());
+        }
         let pools = metadata.pools().await?;
         the_only_pool(&pools)
     }
@@ -125,13 +129,14 @@ impl Wish {
         if let Some(volume) = existing? {
             return self.accept(volume);
         }
-        let size_bytes = self.range.choose(validate::volume_bytes_min(
-            &self.capabilities,
-            self.parameters.fs_type,
-        ))?;
+        let least = validate::volume_bytes_min(&self.capabilities, self.parameters.fs_type);
+        let size_bytes = match self.source {
+            Some(source) => source.choose(metadata, &self.range, least).await?,
+            None => self.range.choose(least)?,
+        };
         let pool = pool?;
         let request = pb::CreateVolumeRequest {
-            source: None,
+            source: self.source.map(Source::asked),
             request_id: request_id(),
             name: self.name.clone(),
             size_bytes,
@@ -165,7 +170,7 @@ impl Wish {
                     None => Err(Error::Busy(format!("volume {}", self.csi_name))),
                 }
             }
-            Err(error) if error.code() == Code::NotFound => {
+            Err(error) if error.code() == Code::NotFound && self.source.is_none() => {
                 let pools = metadata.pools().await?;
                 if pools.iter().any(|p| p.name == *pool) {
                     // Then it is the node that the volume was to be on.

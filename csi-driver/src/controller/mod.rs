@@ -8,6 +8,7 @@ mod create;
 mod expand;
 mod publish;
 mod snapshots;
+mod source;
 mod volumes;
 
 pub use publish::READ_ONLY_KEY;
@@ -27,7 +28,7 @@ use crate::rpc::{self, ControllerServiceCapability, controller_service_capabilit
 use crate::{validate, volume_id};
 
 /// What the controller can do.
-const CAPABILITIES: [Capability; 13] = [
+const CAPABILITIES: [Capability; 14] = [
     Capability::CreateDeleteVolume,
     Capability::PublishUnpublishVolume,
     Capability::ListVolumes,
@@ -41,6 +42,7 @@ const CAPABILITIES: [Capability; 13] = [
     Capability::CreateDeleteSnapshot,
     Capability::ListSnapshots,
     Capability::GetSnapshot,
+    Capability::CloneVolume,
 ];
 
 /// The service.
@@ -68,7 +70,7 @@ fn csi_volume(volume: &pb::Volume) -> rpc::Volume {
         capacity_bytes: validate::signed(volume.size_bytes),
         volume_id: volume_id::format(&volume.volume_id),
         volume_context: context_of_labels(&volume.labels),
-        content_source: None,
+        content_source: source::Source::of(volume).map(source::Source::message),
         accessible_topology: Vec::new(),
     }
 }

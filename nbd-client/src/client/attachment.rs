@@ -39,6 +39,7 @@ pub(super) struct Volume {
     pub node: NodeId,
     pub force: bool,
     pub first_open: bool,
+    pub revert: bool,
     /// The snapshot that is read, if it is not the volume itself.
     pub snapshot: Option<SnapshotId>,
     pub members: Members,
@@ -191,7 +192,7 @@ impl Volume {
             node_id: self.node.to_vec(),
             client_name: client_name(),
             mode: mode as i32,
-            revert: false,
+            revert: self.revert,
             force: self.force,
         };
         self.members

@@ -110,6 +110,7 @@ impl Control {
             node: spec.node,
             force: spec.force,
             first_open: spec.first_open,
+            revert: spec.revert,
             snapshot: spec.snapshot.map(|s| s.id),
             members: self.members.clone(),
             worker,

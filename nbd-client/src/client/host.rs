@@ -72,6 +72,8 @@ pub struct OpenSpec {
     pub first_open: bool,
     /// Read this snapshot of the volume instead of the volume itself; with `read_only`.
     pub snapshot: Option<SnapshotSpec>,
+    /// To revert it: nobody else may open it meanwhile.
+    pub revert: bool,
 }
 
 /// A snapshot to read.

@@ -222,6 +222,7 @@ async fn find_volumes(
             node,
             first_open: !found.opened_once,
             snapshot: None,
+            revert: false,
         });
     }
     Ok(specs)

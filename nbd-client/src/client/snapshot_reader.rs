@@ -54,6 +54,7 @@ impl OpenSpec {
             force: false,
             node: Default::default(),
             first_open: false,
+            revert: false,
             snapshot: Some(SnapshotSpec {
                 id: SnapshotId::from_slice(&snapshot.snapshot_id).ok_or_else(malformed)?,
                 source: SnapshotSource {

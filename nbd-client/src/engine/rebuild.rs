@@ -19,7 +19,7 @@
 use std::time::Duration;
 
 use ashlar_platform::clock::Time;
-use ashlar_proto::ids::{GroupIndex, Incarnation, ReplicaState, Version};
+use ashlar_proto::ids::{Epoch, GroupIndex, Incarnation, ReplicaState, Version};
 use ashlar_proto::volume::ReplicaView;
 use ashlar_proto::wire::{
     Fence, FenceLink, Flush, PullProgress, PullStart, PullState, RequestBody,
@@ -77,9 +77,19 @@ impl Session {
         }
     }
 
+    /// A fence; one that may create a replica says what it is linked to.
+    pub(super) fn fence(&self, index: u8, create: bool, rebuild_epoch: Epoch) -> Fence {
+        let link = self.link_of(index).filter(|_| create);
+        Fence {
+            create,
+            rebuild_epoch,
+            link,
+        }
+    }
+
     /// What a replica that is created is linked to (docs/snapshots.md, C3). A disk has one replica of the volume for all
     /// of its groups there.
-    pub(super) fn link_of(&self, index: u8) -> Option<FenceLink> {
+    fn link_of(&self, index: u8) -> Option<FenceLink> {
         let parent = self.view.parent?;
         let disk = self.peers[index as usize].disk;
         let replicas = self.view.groups.iter().flatten();
@@ -105,11 +115,7 @@ impl Session {
         let (group, membership) = (g as u32, member.membership);
         match target.phase {
             TargetPhase::Waiting => {
-                let fence = Fence {
-                    create: true,
-                    rebuild_epoch: member.rebuild_epoch,
-                    link: self.link_of(peer),
-                };
+                let fence = self.fence(peer, true, member.rebuild_epoch);
                 self.set_target(g, peer, TargetPhase::Fencing, true);
                 let purpose = Purpose::TargetFence { group, membership };
                 self.send(peer, purpose, RequestBody::Fence(fence));
@@ -170,7 +176,7 @@ impl Session {
             .any(|g| g.in_sync.contains(peer) || g.targets.contains(peer))
         {
             self.peers[peer as usize].incarnation = actual;
-            self.peers[peer as usize].configured = ashlar_proto::ids::Epoch(0);
+            self.peers[peer as usize].configured = Epoch(0);
         }
         self.groups[g].targets.insert(peer);
         self.send_group(g);

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{DiskId, Epoch, Incarnation, ReplicaState, RequestId, Version};
-use ashlar_proto::wire::{Fence, FenceReply, Request, RequestBody};
+use ashlar_proto::wire::{FenceReply, Request, RequestBody};
 use smallvec::SmallVec;
 
 use super::api::{PlantedBug, SessionCommand};
@@ -31,7 +31,7 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(6);
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 /// Longest pause before connecting again.
 const RECONNECT_MAX: Duration = Duration::from_millis(800);
-/// Pause after a peer said that it is busy.
+/// After a peer said that it is busy.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 /// After a blackout of a whole group, the others get this long to return before they are excluded.
 const BLACKOUT_GRACE: Duration = Duration::from_millis(1000);
@@ -326,12 +326,8 @@ impl Session {
                     g.member(index)
                         .is_some_and(|m| m.state == ReplicaState::Rebuilding)
                 }));
-        let body = RequestBody::Fence(Fence {
-            create,
-            rebuild_epoch: Epoch(0),
-            link: self.link_of(index).filter(|_| create),
-        });
-        self.send(index, Purpose::Probe, body);
+        let fence = self.fence(index, create, Epoch(0));
+        self.send(index, Purpose::Probe, RequestBody::Fence(fence));
     }
 
     pub(super) fn on_replica_down(&mut self, disk: DiskId) {

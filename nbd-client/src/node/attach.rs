@@ -218,6 +218,7 @@ impl Attachments {
                 node,
                 first_open: !volume.opened_once,
                 snapshot: None,
+                revert: false,
             })
             .await;
         claim.set(Attachment {
@@ -228,7 +229,9 @@ impl Attachments {
             supervisor: None,
         });
         let status = wait_served(&hosted, OPEN_TIMEOUT).await?;
-        let data = match (request.probe_data, volume.opened_once) {
+        // A clone has what it inherits.
+        let written = volume.opened_once || volume.parent.is_some();
+        let data = match (request.probe_data, written) {
             (false, _) => None,
             // Nobody was ever served: nobody can have written.
             (true, false) => Some(false),

@@ -249,6 +249,7 @@ impl Attachments {
             node: self.node().await?,
             first_open,
             snapshot: None,
+            revert: false,
         };
         let hosted = self.shared.host.open(spec).await;
         self.shared

@@ -125,6 +125,7 @@ impl Attachments {
             node: self.node().await?,
             first_open,
             snapshot: None,
+            revert: false,
         };
         let hosted = self.shared.host.open(spec).await;
         let served = wait_served(&hosted, OPEN_TIMEOUT).await;

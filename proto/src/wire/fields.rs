@@ -7,17 +7,18 @@ use bytes::{BufMut, Bytes, BytesMut};
 use smallvec::{SmallVec, smallvec};
 
 use super::codec::FrameError;
+use super::fence::{parse_fence, put_fence};
 use super::layer_list::{parse_layers, put_layers};
 use super::message::{
     BlockInfo, BlockState, Checksums, ChunkDigest, ChunkDigestList, ChunkDigests, Collect, Cursor,
-    Digest, Entries, Entry, Fence, FenceLink, FenceReply, Flush, Hello, HelloReply,
-    MAX_DATA_BLOCKS, MAX_ENTRIES, MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read,
-    ReadReply, ReplyBody, RequestBody, Trim, Write, WriteOutcome,
+    Digest, Entries, Entry, FenceReply, Flush, Hello, HelloReply, MAX_DATA_BLOCKS, MAX_ENTRIES,
+    MAX_TICKET, Payload, PullProgress, PullStart, PullState, Read, ReadReply, ReplyBody,
+    RequestBody, Trim, Write, WriteOutcome,
 };
-use crate::descriptor::{DescriptorError, Parent, VolumeDescriptor};
+use crate::descriptor::{DescriptorError, VolumeDescriptor};
 use crate::ids::{
     BLOCK_SIZE, BlockRange, ChunkIndex, ClientId, ClusterId, DiskId, Epoch, GroupIndex,
-    Incarnation, SnapshotNumber, Version, VolumeId,
+    Incarnation, SnapshotNumber, Version,
 };
 
 /// Longest `host:port`, in bytes.
@@ -31,7 +32,7 @@ impl<'a> Fields<'a> {
         Self(bytes)
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
@@ -44,7 +45,7 @@ impl<'a> Fields<'a> {
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
         self.take(N)?
             .try_into()
             .map_err(|_| FrameError::Bounds("truncated fields"))
@@ -70,7 +71,7 @@ impl<'a> Fields<'a> {
         self.array()
     }
 
-    fn boolean(&mut self) -> Result<bool, FrameError> {
+    pub(super) fn boolean(&mut self) -> Result<bool, FrameError> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
@@ -203,15 +204,7 @@ pub(super) fn put_request(body: &RequestBody, out: &mut BytesMut) {
             out.put_slice(&hello.client.0);
             put_short_bytes(out, &hello.ticket);
         }
-        RequestBody::Fence(fence) => {
-            out.put_u8(u8::from(fence.create));
-            out.put_u64_le(fence.rebuild_epoch.0);
-            if let Some(link) = fence.link {
-                out.put_slice(&link.parent.volume.0);
-                out.put_u32_le(link.parent.number.0);
-                out.put_u8(u8::from(link.required) | u8::from(link.whole) << 1);
-            }
-        }
+        RequestBody::Fence(fence) => put_fence(fence, out),
         RequestBody::Configure(descriptor) => descriptor.encode(out),
         RequestBody::Write(write) | RequestBody::Repair(write) => put_write(write, out),
         RequestBody::Trim(trim) => {
@@ -374,29 +367,6 @@ pub(super) fn parse_request(
 
 fn descriptor(error: DescriptorError) -> FrameError {
     FrameError::Bounds(error.0)
-}
-
-fn parse_fence(f: &mut Fields<'_>) -> Result<Fence, FrameError> {
-    let create = f.boolean()?;
-    let rebuild_epoch = Epoch(f.u64()?);
-    let mut link = None;
-    if !f.is_empty() {
-        let volume = VolumeId(f.array()?);
-        let number = SnapshotNumber(f.u32()?);
-        let flags = f.u8()?;
-        let parent = Parent::of(volume, number).flatten();
-        let parent = parent.filter(|_| create && flags <= 3);
-        link = Some(FenceLink {
-            parent: parent.ok_or(FrameError::Bounds("link of a replica"))?,
-            required: flags & 1 != 0,
-            whole: flags & 2 != 0,
-        });
-    }
-    Ok(Fence {
-        create,
-        rebuild_epoch,
-        link,
-    })
 }
 
 fn parse_read(f: &mut Fields<'_>) -> Result<Read, FrameError> {

@@ -3,6 +3,7 @@
 //! `message.rs` has the messages as values, `codec.rs` their bytes (encoder and incremental decoder).
 
 mod codec;
+mod fence;
 mod fields;
 mod layer_list;
 mod message;

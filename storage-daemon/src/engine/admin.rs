@@ -48,6 +48,10 @@ impl<S: ChunkStore> DiskEngine<S> {
                 let request = StoreRequest::PutLayers { volume, layers };
                 self.ask(now, Work::Layers { tag }, request, out);
             }
+            AdminRequest::Flatten { volume } => {
+                let request = StoreRequest::Flatten { volume };
+                self.ask(now, Work::Flatten { tag }, request, out);
+            }
             AdminRequest::ListBlocks(list) => {
                 if let Err(status) = self.admit_list(&list) {
                     let reply = AdminReply::Refused(status);

@@ -161,6 +161,11 @@ pub enum AdminRequest {
         /// The list.
         layers: LayerList,
     },
+    /// Copy what a clone's replica inherits, and cut its link (docs/snapshots.md, C7).
+    Flatten {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// A part of a list of blocks (docs/snapshots.md, S10).
     ListBlocks(BlockList),
     /// Refuse new requests, finish the others, make everything durable.
@@ -178,6 +183,8 @@ pub enum AdminReply {
     Dropped,
     /// To PutLayers: it is durable, or was not newer.
     LayersKept,
+    /// To Flatten: it is under way, or there is nothing to copy.
+    Flattening,
     /// To ListBlocks.
     Blocks(BlockRuns),
     /// To Stop, at once; `Stopped` follows.

@@ -153,6 +153,9 @@ enum Work {
     Layers {
         tag: u64,
     },
+    Flatten {
+        tag: u64,
+    },
     List {
         tag: u64,
     },

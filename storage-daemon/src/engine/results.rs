@@ -83,6 +83,13 @@ impl<S: ChunkStore> DiskEngine<S> {
                 };
                 out.push(EngineCommand::Admin { tag, reply });
             }
+            Work::Flatten { tag } => {
+                let reply = match result {
+                    Ok(_) => AdminReply::Flattening,
+                    Err(error) => AdminReply::Refused(status_of(&error)),
+                };
+                out.push(EngineCommand::Admin { tag, reply });
+            }
             Work::List { tag } => {
                 let reply = match result {
                     Ok(StoreReply::Replicas(list)) => AdminReply::Replicas(self.describe(list)),

@@ -14,7 +14,7 @@ use std::time::Duration;
 use ashlar_proto::ids::{DiskId, Epoch, SnapshotNumber, VolumeId};
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::rpc::metadata::{
-    DiskStatus, DropReplica, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
+    DiskStatus, DropReplica, Flatten, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
     ReplicaLayers, SetLayers,
 };
 use tonic::{Code, Status};
@@ -143,6 +143,9 @@ async fn round(
     for order in response.set_layers {
         set_layers(daemon, order).await;
     }
+    for order in response.flatten {
+        flatten(daemon, &order).await;
+    }
     let wanted = Duration::from_millis(u64::from(response.interval_ms));
     Ok((response.interval_ms > 0).then_some(wanted))
 }
@@ -211,9 +214,8 @@ fn disk_status(report: &DiskReport) -> DiskStatus {
                 volume_id: l.volume.to_vec(),
                 revision: l.revision,
                 chunks_left: l.chunks_left,
-                // Not said: metadata takes it for linked.
-                inherits: None,
-                inherited_left: 0,
+                inherits: Some(l.inherits),
+                inherited_left: l.inherited_left,
             })
             .collect(),
     }
@@ -237,6 +239,22 @@ async fn drop_replica(daemon: &Daemon, order: &DropReplica) {
         }
         Ok(reply) => tracing::debug!(%volume, %disk, ?reply, "a replica is not dropped now"),
         Err(error) => tracing::debug!(%volume, %disk, %error, "a replica cannot be dropped"),
+    }
+}
+
+async fn flatten(daemon: &Daemon, order: &Flatten) {
+    let (Some(disk), Some(volume)) = (
+        DiskId::from_slice(&order.disk_id),
+        VolumeId::from_slice(&order.volume_id),
+    ) else {
+        tracing::warn!("the metadata cluster orders to flatten a replica without naming it");
+        return;
+    };
+    match daemon.admin(disk, AdminRequest::Flatten { volume }).await {
+        Ok(AdminReply::Flattening) => tracing::debug!(%volume, %disk, "a clone is being flattened"),
+        // It is said again with the next heartbeat.
+        Ok(reply) => tracing::debug!(%volume, %disk, ?reply, "a clone is not flattened now"),
+        Err(error) => tracing::debug!(%volume, %disk, %error, "a clone cannot be flattened"),
     }
 }
 

@@ -316,6 +316,11 @@ pub enum StoreRequest {
         /// The volume.
         volume: VolumeId,
     },
+    /// C7: copy what a clone's replica inherits, in the background, and cut its link. Not remembered by the disk.
+    Flatten {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// All replicas.
     ListReplicas,
     /// The layer lists of all replicas that ever got one, and what is left to be merged under them (S8).
@@ -389,6 +394,10 @@ pub struct LayerProgress {
     pub revision: u64,
     /// Chunks that are still to be merged.
     pub chunks_left: u64,
+    /// It is linked to the replica of its parent (C3).
+    pub inherits: bool,
+    /// While it is being flattened: chunks that are not done.
+    pub inherited_left: u64,
 }
 
 /// What a store knows of a replica.
@@ -463,6 +472,8 @@ pub struct StoreStats {
     pub repaired_blocks: u64,
     /// Pages whose layer was merged into another.
     pub merged_pages: u64,
+    /// Pages that clones copied from what they inherit (C7).
+    pub flattened_pages: u64,
     /// Tombstone ranges kept.
     pub tombstones: u64,
     /// Requests waiting for the log or for metadata.

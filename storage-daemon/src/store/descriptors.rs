@@ -41,6 +41,8 @@ enum Kind {
     Change,
     Fence,
     Drop,
+    /// Of a link; nobody asked.
+    Cut,
 }
 
 struct Item {
@@ -76,7 +78,8 @@ impl AdminState {
 
     pub(super) fn take_tags(&mut self) -> Vec<u64> {
         let queued = self.queue.drain(..).map(|(tag, _)| tag);
-        queued.chain(self.group.drain(..).map(|i| i.tag)).collect()
+        let group = self.group.drain(..).filter(|i| i.kind != Kind::Cut);
+        queued.chain(group.map(|i| i.tag)).collect()
     }
 }
 
@@ -151,7 +154,8 @@ impl Store {
 
     /// Forms the next group, if none is under way.
     pub(super) fn start_admin(&mut self, out: &mut Vec<StoreCommand>) {
-        if self.admin.stage != Stage::Idle || self.admin.queue.is_empty() {
+        let cuts = self.flattening_done();
+        if self.admin.stage != Stage::Idle || (self.admin.queue.is_empty() && cuts.is_empty()) {
             return;
         }
         let mut later = VecDeque::new();
@@ -163,7 +167,8 @@ impl Store {
             if seen.contains(&volume)
                 || self.waits_for_link(&request)
                 || self.admin.group.len() >= GROUP_MAX
-                || (dropping && !(self.burst.is_idle() && self.merge.is_idle()))
+                || (dropping
+                    && !(self.burst.is_idle() && self.merge.is_idle() && self.flattening.is_idle()))
             {
                 seen.push(volume);
                 later.push_back((tag, request));
@@ -180,6 +185,7 @@ impl Store {
             }
         }
         self.admin.queue = later;
+        self.plan_cuts(&cuts);
         if self.admin.group.is_empty() {
             return;
         }
@@ -188,6 +194,25 @@ impl Store {
             self.want_superblock(SuperblockAction::Admin);
         } else {
             self.write_bodies(out);
+        }
+    }
+
+    /// Links that may be cut, unless something else is being changed of their replicas.
+    fn plan_cuts(&mut self, slots: &[u32]) {
+        for &slot in slots {
+            let busy = self.admin.group.iter().any(|i| i.slot == slot);
+            if let Some(r) = self.index.by_slot(slot).filter(|_| !busy) {
+                let mut header = r.header.clone();
+                header.generation += 1;
+                header.link = None;
+                self.admin.group.push(Item {
+                    tag: 0,
+                    slot,
+                    header,
+                    body: None,
+                    kind: Kind::Cut,
+                });
+            }
         }
     }
 
@@ -436,6 +461,14 @@ impl Store {
                 let mut replica = Replica::new(item.slot, item.header);
                 replica.base = base;
                 self.index.add(replica);
+            }
+            Kind::Cut => {
+                if let Some(r) = self.index.by_slot_mut(item.slot) {
+                    r.header = item.header;
+                    (r.base, r.flatten) = (None, None);
+                    tracing::info!(%volume, "a clone does not inherit on this disk any more");
+                }
+                return;
             }
             Kind::Change | Kind::Fence => {
                 if let Some(r) = self.index.by_slot_mut(item.slot) {

@@ -163,9 +163,11 @@ impl Store {
             volume: r.header.volume,
             revision: r.layers.revision,
             chunks_left: r.garbage.len() as u64,
+            inherits: r.base.is_some(),
+            inherited_left: self.inherited_left(r),
         });
         let mut all: Vec<_> = replicas
-            .filter(|p| p.revision > 0 || p.chunks_left > 0)
+            .filter(|p| p.revision > 0 || p.chunks_left > 0 || p.inherits)
             .collect();
         all.sort_by_key(|p| p.volume);
         all

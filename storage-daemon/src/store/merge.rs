@@ -24,12 +24,12 @@ use std::time::Duration;
 use ashlar_platform::clock::Time;
 use ashlar_proto::ids::{BLOCKS_PER_PAGE, PAGE_SIZE};
 use ashlar_proto::wire::BlockState;
-use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::api::StoreCommand;
 use super::cache::SECTORS_PER_BLOCK;
 use super::index::{BlockKey, PageKey};
+use super::pieces::Pieces;
 use super::resolve::Resolved;
 use super::{Phase, Store};
 
@@ -66,13 +66,6 @@ enum Plan {
     },
 }
 
-/// Data that is being read, contiguous on the disk.
-pub(super) struct Piece {
-    pub(super) offset: u64,
-    pub(super) blocks: usize,
-    pub(super) data: Option<Bytes>,
-}
-
 /// What is under way.
 pub(super) enum Step {
     Sectors(BTreeSet<u32>),
@@ -86,8 +79,7 @@ pub(super) enum Step {
     Read {
         from: u32,
         pages: u64,
-        pieces: Vec<Piece>,
-        outstanding: usize,
+        pieces: Pieces,
     },
 }
 
@@ -151,11 +143,16 @@ impl Store {
     }
 
     fn may_merge(&self) -> bool {
-        matches!(self.phase, Phase::Ready)
-            && self.merge.any
+        self.merge.any
             && !self.merge.stalled
             && self.merge.step.is_none()
             && self.merge.rest_until.is_none_or(|at| at <= self.now)
+            && self.is_quiet_for_moves()
+    }
+
+    /// Whether blocks may be moved in the background: nobody waits, and the log and the overlay have room.
+    pub(super) fn is_quiet_for_moves(&self) -> bool {
+        matches!(self.phase, Phase::Ready)
             && self.burst.is_idle()
             && self.queue.is_empty()
             && (self.log.used <= self.log.bytes / 2 || !self.idle_work())
@@ -377,7 +374,7 @@ impl Store {
         }
     }
 
-    fn pause(&self) -> Duration {
+    pub(super) fn pause(&self) -> Duration {
         // Not 0: the deadline has to lie ahead.
         self.config.merge_pause.max(Duration::from_micros(1))
     }

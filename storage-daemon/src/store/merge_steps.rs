@@ -7,9 +7,7 @@
 use std::collections::BTreeSet;
 
 use ashlar_platform::disk::DiskCommand;
-use ashlar_proto::ids::{
-    BLOCK_SIZE, BLOCKS_PER_PAGE, BlockRange, ChunkIndex, SnapshotNumber, Version,
-};
+use ashlar_proto::ids::{BLOCKS_PER_PAGE, BlockRange, ChunkIndex, SnapshotNumber, Version};
 use ashlar_proto::wire::BlockState;
 use bytes::Bytes;
 use smallvec::smallvec;
@@ -17,7 +15,8 @@ use smallvec::smallvec;
 use super::api::StoreCommand;
 use super::cache::SECTORS_PER_BLOCK;
 use super::index::{BlockKey, Overlay, PageKey, Place};
-use super::merge::{MergePage, Piece, Step};
+use super::merge::{MergePage, Step};
+use super::pieces::{Part, Pieces};
 use super::resolve::Resolved;
 use super::sync::SyncAction;
 use super::{Store, Target};
@@ -138,41 +137,36 @@ impl Store {
         out: &mut Vec<StoreCommand>,
     ) {
         let moved = pages.iter().flat_map(|p| &p.moved);
-        let mut offsets: Vec<u64> = moved
-            .filter(|(_, r)| r.state == BlockState::Data)
-            .map(|(_, r)| r.offset)
-            .collect();
-        offsets.sort_unstable();
-        let mut pieces: Vec<Piece> = Vec::new();
-        for offset in offsets {
-            match pieces.last_mut() {
-                Some(p) if p.offset + (p.blocks * BLOCK_SIZE) as u64 == offset => p.blocks += 1,
-                _ => pieces.push(Piece {
-                    offset,
-                    blocks: 1,
-                    data: None,
-                }),
-            }
-        }
-        let outstanding = pieces.len();
-        for (i, p) in pieces.iter().enumerate() {
-            let token = self.token(Target::MergeRead(i as u32));
-            out.push(StoreCommand::Disk(DiskCommand::Read {
-                token,
-                offset: p.offset,
-                length: p.blocks * BLOCK_SIZE,
-            }));
-        }
+        let data = moved.filter(|(_, r)| r.state == BlockState::Data);
+        let (pieces, parts) = Pieces::new(data.map(|(_, r)| r.offset).collect());
+        self.read_parts(parts, Target::MergeRead, out);
+        let complete = pieces.is_complete();
         let pages = pages.iter().fold(0, |map, p| map | 1 << p.page);
         let step = Step::Read {
             from,
             pages,
             pieces,
-            outstanding,
         };
         self.merge.step = Some((slot, chunk, step));
-        if outstanding == 0 {
+        if complete {
             self.finish_move();
+        }
+    }
+
+    /// Reads what a step needs.
+    pub(super) fn read_parts(
+        &mut self,
+        parts: Vec<Part>,
+        target: fn(u32) -> Target,
+        out: &mut Vec<StoreCommand>,
+    ) {
+        for (index, offset, length) in parts {
+            let token = self.token(target(index));
+            out.push(StoreCommand::Disk(DiskCommand::Read {
+                token,
+                offset,
+                length,
+            }));
         }
     }
 
@@ -182,50 +176,14 @@ impl Store {
         bytes: Option<Bytes>,
         out: &mut Vec<StoreCommand>,
     ) {
-        let mut singles: Vec<(u32, u64)> = Vec::new();
-        if let Some((
-            _,
-            _,
-            Step::Read {
-                pieces,
-                outstanding,
-                ..
-            },
-        )) = &mut self.merge.step
-        {
-            *outstanding -= 1;
-            if let Some(p) = pieces.get_mut(index as usize) {
-                let whole = bytes.filter(|b| b.len() == p.blocks * BLOCK_SIZE);
-                if whole.is_none() && p.blocks > 1 {
-                    // One unreadable sector must not cost its neighbours.
-                    let (offset, blocks) = (p.offset, std::mem::take(&mut p.blocks));
-                    for i in 0..blocks {
-                        let offset = offset + (i * BLOCK_SIZE) as u64;
-                        singles.push((pieces.len() as u32, offset));
-                        pieces.push(Piece {
-                            offset,
-                            blocks: 1,
-                            data: None,
-                        });
-                    }
-                    *outstanding += blocks;
-                } else {
-                    p.data = whole;
-                }
-            }
-            if *outstanding == 0 {
-                return self.finish_move();
-            }
+        let Some((_, _, Step::Read { pieces, .. })) = &mut self.merge.step else {
+            return;
+        };
+        let singles = pieces.arrived(index, bytes);
+        if pieces.is_complete() {
+            return self.finish_move();
         }
-        for (index, offset) in singles {
-            let token = self.token(Target::MergeRead(index));
-            let length = BLOCK_SIZE;
-            out.push(StoreCommand::Disk(DiskCommand::Read {
-                token,
-                offset,
-                length,
-            }));
-        }
+        self.read_parts(singles, Target::MergeRead, out);
     }
 
     /// The data is there: what is still as it was when it was read enters the log.
@@ -237,7 +195,6 @@ impl Store {
                 from,
                 pages,
                 pieces,
-                ..
             },
         )) = self.merge.step.take()
         else {
@@ -278,7 +235,7 @@ impl Store {
         &mut self,
         from: PageKey,
         to: u32,
-        pieces: &[Piece],
+        pieces: &Pieces,
         trims: &mut Vec<(BlockRange, Version)>,
     ) -> Moved {
         let Ok(states) = self.page_states(from, to) else {
@@ -292,13 +249,7 @@ impl Store {
             .map(|(block, here, _)| (*block, *here))
             .partition(|(_, r)| r.state == BlockState::Tombstone);
         let is_data = |r: &Resolved| r.state == BlockState::Data;
-        let piece_of = |offset: u64| {
-            let covers = |p: &&Piece| {
-                p.offset <= offset && offset < p.offset + (p.blocks * BLOCK_SIZE) as u64
-            };
-            pieces.iter().find(covers)
-        };
-        let read = |r: &Resolved| !is_data(r) || piece_of(r.offset).is_some();
+        let read = |r: &Resolved| !is_data(r) || pieces.covers(r.offset);
         let target = PageKey { layer: to, ..from };
         let homed = blocks.is_empty() || !self.index.needs_reservation(target);
         let chunk = ChunkIndex(from.chunk);
@@ -342,10 +293,7 @@ impl Store {
             states.iter().any(|(b, _, _)| *b == page.first + i)
         });
         for (block, r) in blocks {
-            let bytes = piece_of(r.offset).filter(|_| is_data(&r)).and_then(|p| {
-                let at = (r.offset - p.offset) as usize;
-                p.data.as_ref().map(|d| d.slice(at..at + BLOCK_SIZE))
-            });
+            let bytes = is_data(&r).then(|| pieces.block(r.offset)).flatten();
             let key = target.block((block % BLOCKS_PER_PAGE as u16) as u8);
             self.append_moved(key, number, &r, bytes);
         }
@@ -369,7 +317,13 @@ impl Store {
     }
 
     /// Logs a block of a lower layer as one of the canonical layer.
-    fn append_moved(&mut self, key: BlockKey, number: u64, r: &Resolved, bytes: Option<Bytes>) {
+    pub(super) fn append_moved(
+        &mut self,
+        key: BlockKey,
+        number: u64,
+        r: &Resolved,
+        bytes: Option<Bytes>,
+    ) {
         let range = BlockRange {
             chunk: ChunkIndex(key.chunk),
             first: key.block,

@@ -6,6 +6,7 @@
 //! | `log`, `index`, `replica`, `tombstones`, `allocator`, `cache` | the parts in memory, without I/O |
 //! | `writes`, `removal`, `reads`, `resolve`, `listing`, `descriptors` | what requests do |
 //! | `layers`, `merge`, `merge_steps` | layers that are one: their names, and merging them |
+//! | `clones`, `flatten` | what a clone inherits, and copying it |
 //! | `sync` | grouped fdatasync, the superblock |
 //! | `writeback`, `burst` | from the log to the home pages |
 //! | `recovery`, `recovery_log`, `replay` | opening a disk |
@@ -28,12 +29,14 @@ mod cache;
 mod clones;
 mod descriptors;
 mod discard;
+mod flatten;
 mod index;
 mod layers;
 mod listing;
 mod log;
 mod merge;
 mod merge_steps;
+mod pieces;
 mod reads;
 mod recovery;
 mod recovery_log;
@@ -92,6 +95,7 @@ enum Target {
     Discard,
     MergeRead(u32),
     MergeWrite,
+    FlattenRead(u32),
 }
 
 /// A request that waits for something.
@@ -135,6 +139,7 @@ pub struct Store {
     space: space::SpaceState,
     discard: discard::DiscardState,
     merge: merge::MergeState,
+    flattening: flatten::FlattenState,
     io: FxHashMap<u64, Target>,
     next_token: u64,
     /// Requests that wait for room in the log, in order.
@@ -180,6 +185,7 @@ impl Store {
             space: space::SpaceState::default(),
             discard: discard::DiscardState::default(),
             merge: merge::MergeState::default(),
+            flattening: flatten::FlattenState::default(),
             io: FxHashMap::default(),
             next_token: 0,
             queue: VecDeque::new(),
@@ -228,10 +234,17 @@ impl Store {
             && self.admin.is_idle();
         let idle = quiet.then(|| self.last_write.after(self.config.idle_write_back));
         let merge = self.merge.deadline(self.now);
-        [idle, self.marker_deadline, self.discard.age_at, merge]
-            .into_iter()
-            .flatten()
-            .min()
+        let flatten = self.flattening.deadline(self.now);
+        [
+            idle,
+            self.marker_deadline,
+            self.discard.age_at,
+            merge,
+            flatten,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Whether requests are served.
@@ -337,6 +350,10 @@ impl Store {
                 all.sort_by_key(|r| r.volume);
                 Self::reply(out, p.tag, Ok(StoreReply::Replicas(all)));
             }
+            StoreRequest::Flatten { volume } => {
+                let reply = self.flatten(*volume).map(|()| StoreReply::Done);
+                Self::reply(out, p.tag, reply);
+            }
             StoreRequest::LayerProgress => {
                 let progress = self.layer_progress();
                 Self::reply(out, p.tag, Ok(StoreReply::LayerProgress(progress)));
@@ -384,6 +401,7 @@ impl Store {
                 | Target::BurstRead(_)
                 | Target::Recovery(_)
                 | Target::MergeRead(_)
+                | Target::FlattenRead(_)
         );
         let bytes = match completion.result {
             Ok(bytes) => Some(bytes),
@@ -416,6 +434,7 @@ impl Store {
             Target::Fix => self.on_fix_written(),
             Target::MergeRead(index) => self.on_merge_read(index, bytes, out),
             Target::MergeWrite => self.on_merge_written(out),
+            Target::FlattenRead(index) => self.on_flatten_read(index, bytes, out),
             // Its errors are its own: see `on_disk`.
             Target::Discard => {}
         }
@@ -479,6 +498,7 @@ impl Store {
         self.cache.insert(block, bytes.as_deref(), self.salt);
         self.burst_sector(block);
         self.merge_sector(block);
+        self.flatten_sector(block);
         for id in self.sector_waiters.remove(&block).unwrap_or_default() {
             let Some((_, missing)) = self.parked.get_mut(&id) else {
                 continue;
@@ -505,6 +525,7 @@ impl Store {
                 self.start_admin(out);
                 self.drain_queue(out);
                 self.pump_merge(out);
+                self.pump_flatten(out);
                 while self.submit_batch(out) && !self.queue.is_empty() {
                     self.drain_queue(out);
                 }

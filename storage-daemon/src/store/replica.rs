@@ -15,6 +15,7 @@ use ashlar_proto::layers::LayerList;
 use smallvec::SmallVec;
 
 use super::clones::Base;
+use super::flatten::Flatten;
 use super::index::PageKey;
 use super::tombstones::Tombstones;
 use crate::format::ReplicaHeader;
@@ -158,6 +159,7 @@ pub(super) struct Replica {
     pub(super) layers: LayerList,
     /// Where the header's link leads.
     pub(super) base: Option<Base>,
+    pub(super) flatten: Option<Flatten>,
     pub(super) watermark: Version,
     pub(super) forget_below: Version,
     pub(super) highest: Version,
@@ -179,6 +181,7 @@ impl Replica {
             descriptor: None,
             layers: LayerList::default(),
             base: None,
+            flatten: None,
             watermark: Version::ZERO,
             forget_below: Version::ZERO,
             highest: Version::ZERO,

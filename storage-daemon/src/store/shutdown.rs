@@ -25,6 +25,7 @@ impl Store {
             || !self.admin.is_idle()
             || !self.burst.is_idle()
             || !self.merge.is_idle()
+            || !self.flattening.is_idle()
             || self.space.is_busy();
         if busy {
             self.close_wanted = true;

@@ -22,6 +22,8 @@ pub(super) enum SyncAction {
     Admin,
     WriteBack,
     Merge,
+    /// Slot and number of the replica.
+    Flatten(u32, u64),
     HighWater,
     /// Nothing but the knowledge.
     Marker,
@@ -125,6 +127,7 @@ impl Store {
             SyncAction::Admin => self.admin_advance(out),
             SyncAction::WriteBack => self.burst_synced(out),
             SyncAction::Merge => self.merge_synced(),
+            SyncAction::Flatten(slot, number) => self.flatten_synced(slot, number),
             SyncAction::HighWater => self.high_water_sectors_durable(),
             SyncAction::Marker => {}
             SyncAction::Shutdown => self.shutdown_synced(),

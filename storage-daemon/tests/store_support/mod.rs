@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(dead_code, reason = "each test file uses a part")]
 
+pub mod clones;
 pub mod layers;
 
 use std::collections::BTreeMap;
@@ -475,6 +476,13 @@ impl Harness {
         }
         assert_eq!(at, data.len());
         states
+    }
+
+    /// Closes the store; the disk, while the harness stays as it is.
+    pub fn shutdown_disk(&mut self) -> TestDisk {
+        assert_eq!(self.call(StoreRequest::Shutdown), Ok(StoreReply::Done));
+        assert!(self.closed);
+        self.disk.clone()
     }
 
     pub fn shutdown(mut self) -> TestDisk {

@@ -23,6 +23,9 @@ struct Args {
     /// Snapshots are taken, deleted and read back
     #[arg(long)]
     snapshots: bool,
+    /// The volume is a clone of another
+    #[arg(long)]
+    clones: bool,
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         damage: !args.no_damage,
         readers: args.readers,
         snapshots: args.snapshots,
+        clones: args.clones,
         #[cfg(feature = "planted-bugs")]
         planted_bug: args.planted.as_deref().map(planted),
         verbose: args.verbose,

@@ -41,6 +41,19 @@ impl Export {
         })
     }
 
+    /// Serves a snapshot on a unix socket, with a name of its own for socket and log.
+    ///
+    /// # Panics
+    /// If it does not come up within 20 s.
+    pub fn start_snapshot(cluster: &Cluster, snapshot: &str, name: &str) -> Self {
+        let socket = cluster.scratch(&format!("{name}.sock"));
+        let path = socket.to_str().expect("UTF-8 path").to_owned();
+        let args = ["--snapshot", snapshot, "--socket", &path];
+        let export = Self::spawn_raw(cluster, snapshot, name, &socket, &args);
+        let connects = || super::NbdClient::connect_unix(&socket, snapshot).is_ok();
+        export.wait_ready(|| connects().then_some(()))
+    }
+
     /// Serves a volume on a TCP address inside the cluster's network namespace.
     ///
     /// # Panics

@@ -25,9 +25,10 @@ use bytes::Bytes;
 use nbd_client::engine::SessionEvent;
 
 use super::client::{Client, ClientState, Inbound};
+use super::clones::{Image, ORIGIN};
 use super::frame::Frame;
 use super::history::History;
-use super::metadata::{CLUSTER, Metadata, Shape, disk_id};
+use super::metadata::{CLUSTER, Metadata, Shape, VOLUME, disk_id};
 use super::node::{Backend, Node, NodeState};
 use super::schedule::{Fault, MS};
 use super::workload::Workload;
@@ -119,6 +120,8 @@ pub struct Setup {
     pub use_codec: bool,
     /// Delays of the network.
     pub network: NetworkConfig,
+    /// The volume is a clone (`clones`).
+    pub clones: bool,
     /// A mistake for sessions to make.
     #[cfg(feature = "planted-bugs")]
     pub planted_bug: Option<nbd_client::engine::PlantedBug>,
@@ -157,6 +160,8 @@ pub struct Cluster {
     pub(super) audit_replies: Vec<Reply>,
     /// Blocks (chunk, layer, block) that an audit found damaged somewhere.
     pub(super) bad_blocks: BTreeSet<(u32, u32, u16)>,
+    /// What the snapshot of a clone's origin shows.
+    pub(super) origin: Image,
     /// Audits so far.
     pub(super) audits: u64,
     rounds: u64,
@@ -172,7 +177,8 @@ impl Cluster {
     /// A cluster whose nodes start now; no client yet.
     pub fn new(setup: Setup, workload: Workload, requests: u64, mut rng: Rng) -> Self {
         let net = SimNetwork::new(setup.network, rng.fork(2));
-        let metadata = Metadata::new(setup.shape);
+        let first = if setup.clones { ORIGIN } else { VOLUME };
+        let metadata = Metadata::new(setup.shape, first);
         let nodes = (1..=setup.shape.nodes)
             .map(|n| (n, Node::new(n, setup.backend, rng.fork(u64::from(n) + 10))))
             .collect();
@@ -199,6 +205,7 @@ impl Cluster {
             everything_durable: false,
             audit_replies: Vec::new(),
             bad_blocks: BTreeSet::new(),
+            origin: Image::new(),
             audits: 0,
             rounds: 0,
             history: History::default(),

@@ -97,11 +97,11 @@ pub fn node_at(address: &str) -> Option<u32> {
 }
 
 impl Metadata {
-    /// A cluster with registered nodes and disks, and one volume.
-    pub fn new(shape: Shape) -> Self {
+    /// A cluster with registered nodes and disks, and one volume of this identity.
+    pub fn new(shape: Shape, volume: VolumeId) -> Self {
         let mut this = Self {
             state: State::new(),
-            volume: VOLUME,
+            volume,
             last_seen: BTreeMap::new(),
             requests: 0,
             snapshots: Snapshots::default(),
@@ -131,7 +131,7 @@ impl Metadata {
             disks.collect()
         });
         this.must(Operation::CreateVolume(CreateVolume {
-            volume: VOLUME,
+            volume,
             name: "volume".to_owned(),
             size_bytes: shape.size_bytes,
             pool,
@@ -169,6 +169,16 @@ impl Metadata {
             Some(volume) => volume,
             None => panic!("the simulated volume is gone"),
         }
+    }
+
+    /// The volume that the volume was cloned from.
+    pub fn origin(&self) -> Option<&Volume> {
+        self.state.volume(super::clones::ORIGIN).map(|v| &**v)
+    }
+
+    /// From now on the clone is the volume.
+    pub(super) fn is_cloned(&mut self) {
+        self.volume = VOLUME;
     }
 
     /// Whether every replica is in sync.

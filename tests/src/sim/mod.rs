@@ -5,6 +5,7 @@
 //! `oracle` judges. [`run`] does all of it for one seed.
 
 pub mod client;
+mod clones;
 pub mod cluster;
 mod faults;
 pub mod frame;

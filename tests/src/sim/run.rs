@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ashlar_platform::sim::{NetworkConfig, Rng};
 use ashlar_proto::ids::ChunkIndex;
-use ashlar_proto::ids::{ClientId, GroupIndex, Incarnation, RequestId, Version};
+use ashlar_proto::ids::{ClientId, Epoch, GroupIndex, Incarnation, RequestId, Version, VolumeId};
 use ashlar_proto::wire::{
     BlockState, ChunkDigests, Cursor, Digest, Reply, ReplyBody, Request, RequestBody,
 };
@@ -17,8 +17,8 @@ use super::metadata::{Shape, VOLUME, node_of};
 use super::node::Backend;
 use super::oracle;
 use super::schedule::{self, MS, Schedule};
-use super::snapshots;
 use super::workload::{Request as UserRequest, Workload};
+use super::{clones, snapshots};
 
 /// Once faults stop, everything must be well within this time. The longest chain is: a lease of 2 s, an
 /// opener's patience, several exclusions and rebuilds that interrupt each other.
@@ -39,6 +39,8 @@ pub struct Options {
     pub readers: bool,
     /// Snapshots are taken and deleted.
     pub snapshots: bool,
+    /// The volume is a clone.
+    pub clones: bool,
     /// A mistake for sessions to make.
     #[cfg(feature = "planted-bugs")]
     pub planted_bug: Option<nbd_client::engine::PlantedBug>,
@@ -53,6 +55,7 @@ impl Default for Options {
             damage: true,
             readers: false,
             snapshots: false,
+            clones: false,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
             verbose: false,
@@ -88,7 +91,13 @@ pub fn run(seed: u64, options: &Options) -> Report {
     } else {
         Backend::Disk
     };
+    // The reference store knows no links.
     let backend = options.backend.unwrap_or(drawn);
+    let backend = if options.clones {
+        Backend::Disk
+    } else {
+        backend
+    };
     let damage = options.damage && backend != Backend::Memory && shape.replicas == 3;
     let mut schedule = schedule::generate(&mut rng, shape.nodes, damage);
     if options.readers {
@@ -111,6 +120,7 @@ pub fn run(seed: u64, options: &Options) -> Report {
         shape,
         backend,
         use_codec: rng.chance(1, 4),
+        clones: options.clones,
         network,
         #[cfg(feature = "planted-bugs")]
         planted_bug: options.planted_bug,
@@ -122,7 +132,11 @@ pub fn run(seed: u64, options: &Options) -> Report {
             cluster.timer(rng.between(50 * MS, schedule.duration), Timer::Snapshot);
         }
     }
-    let failure = execute(&mut cluster, &schedule).err();
+    let mut ready = Ok(());
+    if options.clones {
+        ready = clones::prepare(&mut cluster, &mut rng);
+    }
+    let failure = ready.and_then(|()| execute(&mut cluster, &schedule)).err();
     let operations = &cluster.history.operations;
     Report {
         seed,
@@ -156,10 +170,16 @@ fn shape(rng: &mut Rng) -> Shape {
 }
 
 fn execute(cluster: &mut Cluster, schedule: &Schedule) -> Result<(), String> {
+    // What went before (the origin of a clone) does not count.
+    let begin = if cluster.setup.clones {
+        cluster.now().0
+    } else {
+        0
+    };
     cluster.arm(schedule);
     cluster.run_until(cluster.in_ms(50));
     cluster.new_client(false);
-    cluster.run_until(ashlar_platform::clock::Time(schedule.duration));
+    cluster.run_until(ashlar_platform::clock::Time(begin + schedule.duration));
     healthy(cluster)?;
     cluster.heal();
     settle(cluster)?;
@@ -237,7 +257,8 @@ fn finish(cluster: &mut Cluster) -> Result<(), String> {
     }
     settle(cluster)?;
     audit(cluster)?;
-    snapshots::read_back(cluster)
+    snapshots::read_back(cluster)?;
+    clones::read_back(cluster)
 }
 
 type Contents = BTreeMap<(u32, u32, u16), (BlockState, Version, u32)>;
@@ -343,20 +364,32 @@ pub(super) fn ask(
     node: u32,
     body: Option<RequestBody>,
 ) -> Result<ReplyBody, String> {
-    let request = match body {
-        None => hello(ClientId([0xad; 16]), disk_of(node)),
-        Some(body) => Request {
-            id: RequestId(1),
-            volume: VOLUME,
-            epoch: cluster.metadata.volume().epoch,
-            incarnation: cluster
-                .nodes
-                .get(&node)
-                .and_then(|n| n.incarnation())
-                .unwrap_or(Incarnation(0)),
-            body,
-        },
+    let epoch = cluster.metadata.volume().epoch;
+    match body {
+        None => ask_engine(cluster, node, hello(ClientId([0xad; 16]), disk_of(node))),
+        Some(body) => ask_of(cluster, node, (VOLUME, epoch), body),
+    }
+}
+
+/// Asks an engine about a volume, at an epoch of it.
+pub(super) fn ask_of(
+    cluster: &mut Cluster,
+    node: u32,
+    (volume, epoch): (VolumeId, Epoch),
+    body: RequestBody,
+) -> Result<ReplyBody, String> {
+    let incarnation = cluster.nodes.get(&node).and_then(|n| n.incarnation());
+    let request = Request {
+        id: RequestId(1),
+        volume,
+        epoch,
+        incarnation: incarnation.unwrap_or(Incarnation(0)),
+        body,
     };
+    ask_engine(cluster, node, request)
+}
+
+fn ask_engine(cluster: &mut Cluster, node: u32, request: Request) -> Result<ReplyBody, String> {
     cluster.audit_replies.clear();
     let conn = ConnectionId(AUDIT + cluster.audits);
     cluster.engine(node, EngineEvent::Request { conn, request });

@@ -138,7 +138,7 @@ fn a_clone_begins_where_its_source_is() {
     assert_eq!(made.parent, Some(parent));
     assert_eq!(
         m.state.layered_on(disk_id(1)).collect::<Vec<_>>(),
-        [VOLUME, clone_id(1)]
+        [clone_id(1), VOLUME]
     );
     image_is_as_good(&m);
 }

@@ -420,6 +420,7 @@ impl FakeStore {
             StoreRequest::ListReplicas => Ok(StoreReply::Replicas(
                 self.replicas.values().cloned().collect(),
             )),
+            StoreRequest::Flatten { .. } => Ok(StoreReply::Done),
             StoreRequest::LayerProgress => Ok(StoreReply::LayerProgress(
                 self.replicas
                     .values()
@@ -428,6 +429,8 @@ impl FakeStore {
                         volume: r.volume,
                         revision: r.layers.revision,
                         chunks_left: r.garbage_left,
+                        inherits: false,
+                        inherited_left: 0,
                     })
                     .collect(),
             )),
@@ -455,6 +458,7 @@ fn kind(request: &StoreRequest) -> &'static str {
         StoreRequest::ClearSuspect { .. } => "clear suspect",
         StoreRequest::DropReplica { .. } => "drop",
         StoreRequest::ListReplicas => "list",
+        StoreRequest::Flatten { .. } => "flatten",
         StoreRequest::LayerProgress => "layer progress",
         StoreRequest::Stats => "stats",
         StoreRequest::Shutdown => "shutdown",

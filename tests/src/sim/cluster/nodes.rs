@@ -4,6 +4,7 @@ use ashlar_platform::disk::DiskCompletion;
 use ashlar_platform::sim::{ConnectionId as NetId, End, HostId, NetworkEvent, NetworkEventKind};
 use storage_daemon::engine::{AdminReply, AdminRequest, ConnectionId, EngineCommand, EngineEvent};
 
+use super::super::clones;
 use super::super::frame::Frame;
 use super::super::metadata;
 use super::super::node::NodeState;
@@ -235,6 +236,7 @@ impl Cluster {
                 if behind && self.rng.chance(2, 3) {
                     self.send_layers(number);
                 }
+                clones::order_flatten(self, number);
             }
         }
         if self.metadata.repair(self.now) {

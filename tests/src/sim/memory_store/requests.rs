@@ -63,6 +63,8 @@ impl Media {
                     volume: r.info.volume,
                     revision: r.info.layers.revision,
                     chunks_left: 0,
+                    inherits: false,
+                    inherited_left: 0,
                 });
                 Ok(StoreReply::LayerProgress(progress.collect()))
             }
