@@ -106,7 +106,7 @@ fn round(world: &World<'_>, volume: &str) -> Vec<(String, Vec<u8>)> {
     let export = Export::start(cluster, volume);
     let mut client = connect(&export, volume);
     let mut expected = vec![0; client.size as usize];
-    let mut write = |client: &mut NbdClient, expected: &mut Vec<u8>, at: usize, data: &[u8]| {
+    let write = |client: &mut NbdClient, expected: &mut Vec<u8>, at: usize, data: &[u8]| {
         client.write(at as u64, data).unwrap();
         expected[at..at + data.len()].copy_from_slice(data);
     };
