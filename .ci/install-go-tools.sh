@@ -18,6 +18,7 @@ fi
 tools='
 helm           helm.sh/helm/v3/cmd/helm                 v3.22.0
 kubeconform    github.com/yannh/kubeconform/cmd/kubeconform  v0.8.0
+versitygw      github.com/versity/versitygw/cmd/versitygw  v1.8.0
 csi-sanity     github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity  v5.6.0
 '
 # Programs of this repository: name, directory of its module.

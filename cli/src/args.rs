@@ -61,6 +61,12 @@ pub enum Command {
     /// Volumes as they were at one point in time
     #[command(subcommand)]
     Snapshot(commands::snapshot::SnapshotCommand),
+    /// Snapshots in object storage (S3, NFS or a directory)
+    #[command(subcommand)]
+    Backup(commands::backup::BackupCommand),
+    /// Snapshots or backups at times, with retention
+    #[command(subcommand)]
+    Schedule(commands::schedule::ScheduleCommand),
     /// Replicas of volumes
     #[command(subcommand)]
     Replica(commands::replica::ReplicaCommand),
@@ -69,6 +75,13 @@ pub enum Command {
         /// The shell
         #[arg(value_enum)]
         shell: clap_complete::Shell,
+    },
+    /// Becomes a program that ends when the process that started this one does
+    #[command(name = "exec-bound", hide = true)]
+    ExecBound {
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
     },
     /// Starts a program in a session of its own, in place of this process
     #[command(name = "exec-detached", hide = true)]

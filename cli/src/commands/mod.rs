@@ -1,5 +1,6 @@
 //! One noun per file. Each turns arguments into requests and answers into a table or JSON.
 
+pub mod backup;
 pub mod clone;
 pub mod cluster;
 pub mod dev;
@@ -9,6 +10,7 @@ pub mod node;
 pub mod pool;
 pub mod replica;
 pub mod revert;
+pub mod schedule;
 pub mod snapshot;
 pub mod volume;
 
@@ -51,6 +53,12 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Pool(command) => pool::run(command, &mut context(&cli)?).await,
         Command::Volume(command) => volume::run(command, &mut context(&cli)?).await,
         Command::Snapshot(command) => snapshot::run(command, &mut context(&cli)?).await,
+        Command::Backup(command) => match backup::run_alone(command, output).await {
+            Some(result) => result,
+            None => backup::run(command, &mut context(&cli)?).await,
+        },
+        Command::ExecBound { command } => Err(crate::dev::process::exec_bound(command)),
+        Command::Schedule(command) => schedule::run(command, &mut context(&cli)?).await,
         Command::Replica(command) => replica::run(command, &mut context(&cli)?).await,
     }
 }

@@ -212,6 +212,24 @@ pub fn exec_detached(command: &[String]) -> CliError {
     CliError::error(format!("cannot start {program}: {error}"))
 }
 
+/// The hidden command `exec-bound`: the program gets SIGTERM when the process that started this one ends.
+/// Returns only on failure.
+pub fn exec_bound(command: &[String]) -> CliError {
+    let Some((program, arguments)) = command.split_first() else {
+        return CliError::usage("no program is given");
+    };
+    let parent = rustix::process::getppid();
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(Signal::TERM)) {
+        return CliError::error(format!("cannot bind {program} to its starter: {error}"));
+    }
+    // It may have ended just before.
+    if rustix::process::getppid() != parent {
+        return CliError::error(format!("who wanted {program} is gone"));
+    }
+    let error = Command::new(program).args(arguments).exec();
+    CliError::error(format!("cannot start {program}: {error}"))
+}
+
 /// The last lines of a log, for an error message.
 pub fn log_tail(log: &Path, lines: usize) -> String {
     let text = std::fs::read(log).unwrap_or_default();

@@ -447,6 +447,30 @@ impl Metadata for Service {
             Ok(pb::DeleteSnapshotsResponse {})
         })
     }
+    async fn create_schedule(
+        &self,
+        _request: Request<pb::CreateScheduleRequest>,
+    ) -> Answer<pb::Schedule> {
+        Err(Status::unimplemented("schedules"))
+    }
+    async fn list_schedules(
+        &self,
+        _request: Request<pb::ListSchedulesRequest>,
+    ) -> Answer<pb::ListSchedulesResponse> {
+        Err(Status::unimplemented("schedules"))
+    }
+    async fn pause_schedule(
+        &self,
+        _request: Request<pb::PauseScheduleRequest>,
+    ) -> Answer<pb::Schedule> {
+        Err(Status::unimplemented("schedules"))
+    }
+    async fn delete_schedule(
+        &self,
+        _request: Request<pb::DeleteScheduleRequest>,
+    ) -> Answer<pb::DeleteScheduleResponse> {
+        Err(Status::unimplemented("schedules"))
+    }
     async fn flatten_volume(
         &self,
         request: Request<pb::FlattenVolumeRequest>,

@@ -79,6 +79,10 @@ impl Operation {
             Self::FlattenVolume(_) => 31,
             Self::CutParent { .. } => 32,
             Self::SetFlattenPolicy { .. } => 33,
+            Self::CreateSchedule(_) => 34,
+            Self::PauseSchedule { .. } => 35,
+            Self::DeleteSchedule(_) => 36,
+            Self::RecordRun { .. } => 37,
         }
     }
 
@@ -97,6 +101,8 @@ impl Operation {
                 | Self::ReserveForClone(_)
                 | Self::CutParent { .. }
                 | Self::SetFlattenPolicy { .. }
+                | Self::CreateSchedule(_)
+                | Self::PauseSchedule { .. }
         )
     }
 }
@@ -153,6 +159,14 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         Operation::FlattenVolume(volume) => state.flatten_volume(*volume),
         Operation::CutParent { volume, parent } => state.cut_parent(*volume, *parent),
         Operation::SetFlattenPolicy { pool, policy } => state.set_flatten_policy(pool, *policy),
+        Operation::CreateSchedule(schedule) => state.create_schedule(schedule),
+        Operation::PauseSchedule {
+            name,
+            paused,
+            now_unix_ms,
+        } => state.pause_schedule(name, *paused, *now_unix_ms),
+        Operation::DeleteSchedule(name) => state.delete_schedule(name),
+        Operation::RecordRun { schedule, run } => state.record_run(*schedule, run),
     }
 }
 

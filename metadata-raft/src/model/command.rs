@@ -15,6 +15,7 @@ use ashlar_proto::ids::{
 use serde::{Deserialize, Serialize};
 
 use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool, PoolSpec};
+use super::schedule::{Run, Schedule, ScheduleId};
 use super::snapshot::SnapshotGroup;
 use super::volume::{AttachMode, Format, Parent, Source, Volume};
 
@@ -182,6 +183,26 @@ pub enum Operation {
         pool: String,
         /// From now on.
         policy: FlattenPolicy,
+    },
+    /// Adds a schedule.
+    CreateSchedule(Schedule),
+    /// Pauses or resumes one.
+    PauseSchedule {
+        /// Its name.
+        name: String,
+        /// From now on.
+        paused: bool,
+        /// The leader's clock.
+        now_unix_ms: u64,
+    },
+    /// Forgets one, by name; what it made stays.
+    DeleteSchedule(String),
+    /// A run began, ended, or was skipped.
+    RecordRun {
+        /// The schedule.
+        schedule: ScheduleId,
+        /// The run.
+        run: Run,
     },
 }
 

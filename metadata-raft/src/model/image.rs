@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::answers::Remembered;
 use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool};
+use super::schedule::Schedule;
 use super::snapshot::Snapshot;
 use super::volume::Volume;
 use super::{State, check_state, image_v1, image_v2};
@@ -59,6 +60,7 @@ pub(super) enum Record {
     AttacherLabels(String, Labels),
     Snapshot(Arc<Snapshot>),
     FlattenPolicy(PoolId, FlattenPolicy),
+    Schedule(Schedule),
 }
 
 fn config() -> bincode::config::Configuration<
@@ -100,6 +102,7 @@ impl State {
             answers: self.answers.clone(),
             attacher_labels: self.attacher_labels.clone(),
             flatten_policies: self.flatten_policies.clone(),
+            schedules: self.schedules.clone(),
             ..Self::default()
         }
     }
@@ -147,6 +150,9 @@ impl State {
         self.flatten_policies
             .iter()
             .try_for_each(|(p, f)| put(Record::FlattenPolicy(*p, *f)))?;
+        self.schedules
+            .iter()
+            .try_for_each(|s| put(Record::Schedule(s.clone())))?;
         let bytes = bincode::serde::encode_to_vec(Record::End(count), config())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;
         out.write_all(&bytes)?;
@@ -218,6 +224,7 @@ impl State {
             Record::FlattenPolicy(pool, policy) => {
                 self.flatten_policies.insert(pool, policy);
             }
+            Record::Schedule(schedule) => self.schedules.insert(schedule),
             Record::End(_) => {}
         }
     }

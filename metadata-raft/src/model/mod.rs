@@ -23,6 +23,7 @@ mod image;
 mod image_v1;
 mod image_v2;
 mod invariants;
+mod schedule;
 mod snapshot;
 pub mod validate;
 pub mod view;
@@ -47,6 +48,8 @@ pub use command::{
 };
 pub use image::{IMAGE_VERSION, ImageError};
 pub use invariants::{check_state, check_transition};
+pub(crate) use schedule::no_such_schedule;
+pub use schedule::{BackupTarget, KEEP_MAX, Outcome, Run, Schedule, ScheduleId, Schedules, Target};
 pub use snapshot::{Snapshot, SnapshotGroup, SnapshotState, Snapshots};
 pub use volume::{
     AttachMode, Attachment, Format, FormatState, Group, Parent, Replica, Source, Volume,
@@ -102,6 +105,7 @@ pub struct State {
     attacher_labels: BTreeMap<String, Labels>,
     /// Of pools that said one.
     flatten_policies: BTreeMap<PoolId, FlattenPolicy>,
+    schedules: Schedules,
 
     // Derived.
     node_by_name: BTreeMap<String, NodeId>,
@@ -183,6 +187,11 @@ impl State {
     /// The snapshots.
     pub fn snapshots(&self) -> &Snapshots {
         &self.snapshots
+    }
+
+    /// The schedules.
+    pub fn schedules(&self) -> &Schedules {
+        &self.schedules
     }
 
     /// A volume by its name.

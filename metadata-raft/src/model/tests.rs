@@ -13,6 +13,7 @@ mod publications;
 mod random;
 mod readers;
 mod reverts;
+mod schedules;
 mod snapshots;
 
 fn key(n: u128) -> RequestKey {

@@ -84,6 +84,8 @@ pub struct Member {
     pub(crate) role: watch::Receiver<Role>,
     /// Something may be repairable.
     pub(crate) repair: Notify,
+    /// Schedules changed.
+    pub(super) schedules: Notify,
     /// Snapshots that calls of this member take.
     pub(super) takings: Takings,
     liveness: Mutex<Liveness>,
@@ -122,6 +124,7 @@ impl Member {
             shared,
             role,
             repair: Notify::new(),
+            schedules: Notify::new(),
             takings: Takings::default(),
             liveness: Mutex::default(),
             channels: Mutex::default(),

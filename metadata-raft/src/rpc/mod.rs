@@ -17,6 +17,8 @@ mod publications;
 mod read_barrier;
 mod repair_loop;
 mod running;
+mod schedule_loop;
+mod schedules;
 mod service;
 mod snapshot_loop;
 mod snapshot_view;

@@ -167,6 +167,7 @@ impl Running {
             tokio::spawn(follow_role(member.clone(), role.clone(), contact)),
             tokio::spawn(super::repair_loop::run(member.clone())),
             tokio::spawn(super::snapshot_loop::run(member.clone())),
+            tokio::spawn(super::schedule_loop::run(member.clone())),
             tokio::spawn(form_cluster(member.clone(), options, advertise)),
         ];
         tracing::info!(id = member.id, %address, "metadata member started");

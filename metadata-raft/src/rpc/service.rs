@@ -114,5 +114,9 @@ routed! {
     view_snapshot: pb::ViewSnapshotRequest => pb::SnapshotView;
     list_snapshots: pb::ListSnapshotsRequest => pb::ListSnapshotsResponse;
     delete_snapshots: pb::DeleteSnapshotsRequest => pb::DeleteSnapshotsResponse;
+    create_schedule: pb::CreateScheduleRequest => pb::Schedule;
+    list_schedules: pb::ListSchedulesRequest => pb::ListSchedulesResponse;
+    pause_schedule: pb::PauseScheduleRequest => pb::Schedule;
+    delete_schedule: pb::DeleteScheduleRequest => pb::DeleteScheduleResponse;
     report_held: pb::ReportHeldRequest => pb::ReportHeldResponse;
 }

@@ -174,6 +174,10 @@ unserved! {
     list_pools(ListPoolsRequest) -> ListPoolsResponse;
     create_volume(CreateVolumeRequest) -> Volume;
     flatten_volume(FlattenVolumeRequest) -> Volume;
+    create_schedule(CreateScheduleRequest) -> Schedule;
+    list_schedules(ListSchedulesRequest) -> ListSchedulesResponse;
+    pause_schedule(PauseScheduleRequest) -> Schedule;
+    delete_schedule(DeleteScheduleRequest) -> DeleteScheduleResponse;
     begin_revert(BeginRevertRequest) -> Volume;
     end_revert(EndRevertRequest) -> Volume;
     list_volumes(ListVolumesRequest) -> ListVolumesResponse;

@@ -10,6 +10,7 @@ pub mod csi;
 mod export;
 pub mod exposition;
 mod nbd;
+mod s3;
 mod tools;
 pub mod uml;
 
@@ -17,4 +18,5 @@ pub use attach::AttachNode;
 pub use cluster::{Cluster, ClusterSpec};
 pub use export::Export;
 pub use nbd::{BlockNumber, NbdClient};
+pub use s3::S3Server;
 pub use tools::{binary, go_tool, have, run, run_ok, wait_until};
