@@ -27,7 +27,8 @@ COPY dist/ /out/
 FROM ${BINARIES} AS binaries
 
 FROM ${BASE} AS ashlar
-COPY --from=binaries /out/metadata-raft /out/storage-daemon /out/ashlar /usr/local/bin/
+# nbd-client reads and writes volumes for `ashlar backup`, which the metadata leader starts for schedules.
+COPY --from=binaries /out/metadata-raft /out/storage-daemon /out/ashlar /out/nbd-client /usr/local/bin/
 # Nobody in particular. The storage daemon needs root for block devices, and says so in its pod.
 USER 65532:65532
 CMD ["/usr/local/bin/ashlar", "help"]

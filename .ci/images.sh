@@ -26,7 +26,7 @@ days_max=30
 # Bounds in MiB: the base, what ashlar-node's packages add to it, and the programs of one image.
 base_max=110
 packages_max=110
-programs_max=40
+programs_max=56
 
 skip() {
     echo "SKIPPED the images: $1" >&2
@@ -274,12 +274,12 @@ added=$(files_of "$tree" | comm -13 "$work/base.files" - | tr '\n' ' ')
 [ "$(user_of ashlar)" = 65532:65532 ] || fail "ashlar runs as $(user_of ashlar)"
 [ "$(echo "id -u; id -g" | inside | tr '\n' :)" = 65532:65532: ] || fail "a process of ashlar is not 65532:65532"
 ok "ashlar runs as 65532:65532"
-all_run metadata-raft storage-daemon ashlar
-[ "$added" = "./usr/local/bin/ashlar ./usr/local/bin/metadata-raft ./usr/local/bin/storage-daemon " ] || fail "ashlar has more than its programs: $added"
+all_run metadata-raft storage-daemon ashlar nbd-client
+[ "$added" = "./usr/local/bin/ashlar ./usr/local/bin/metadata-raft ./usr/local/bin/nbd-client ./usr/local/bin/storage-daemon " ] || fail "ashlar has more than its programs: $added"
 nothing_needless "$tree" ashlar
 asks_debian "$tree" ashlar
 size=$(programs_of "$tree" ashlar)
-ok "ashlar adds to the base: 3 programs, $size MiB"
+ok "ashlar adds to the base: 4 programs, $size MiB"
 # As the pods use it: a disk in a directory that is somebody's, a node that starts, and the scripts' own tools.
 inside <<'END' || fail "ashlar cannot format and inspect a disk as its user"
 storage-daemon format /tmp/disk --size 256MiB >/dev/null

@@ -43,9 +43,11 @@ fn clones_read_back_exactly_and_give_their_space_back() {
 }
 
 #[test]
-#[ignore = "long: by hand"]
+#[ignore = "long: by hand, STORE_CLONES_SEEDS=FROM:TO"]
 fn many_more_seeds() {
-    for seed in 1000..6000 {
+    let seeds = std::env::var("STORE_CLONES_SEEDS").unwrap_or_default();
+    let (from, to) = seeds.split_once(':').unwrap_or(("1000", "2000"));
+    for seed in from.parse().unwrap()..to.parse().unwrap() {
         run(seed, 150);
     }
 }

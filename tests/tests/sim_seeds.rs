@@ -90,7 +90,7 @@ fn twelve_hundred_clones_inherit_what_they_should_and_nothing_else() {
         "{}\nreplay with: ashlar-sim --snapshots --clones --verbose --seed N",
         failures.join("\n")
     );
-    assert!(summary.snapshots > 2400, "{summary:?}");
+    assert!(summary.snapshots > 1800, "{summary:?}");
 }
 
 #[test]

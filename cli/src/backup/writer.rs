@@ -43,6 +43,16 @@ pub struct Plan {
     pub compression: Compression,
 }
 
+impl Plan {
+    /// Whether the source is not needed.
+    pub fn reads_nothing(&self) -> bool {
+        match &self.read {
+            Reading::All => self.size_bytes == 0,
+            Reading::Only(segments) => segments.bytes() == 0,
+        }
+    }
+}
+
 /// What must be read of a volume.
 #[derive(Debug)]
 pub enum Reading {

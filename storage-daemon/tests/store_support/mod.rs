@@ -197,11 +197,13 @@ impl TestDisk {
     /// The disk after the process died but not the machine: what completed stays, in flight may not.
     pub fn after_kill(&self, cut: Cut) -> Self {
         let mut image = self.current.clone();
-        self.tear(&mut image, cut, false);
+        // What reached the cache is as volatile as what completed: the next sync makes it durable.
+        let mut volatile = self.volatile.clone();
+        volatile.extend(self.tear(&mut image, cut, false));
         Self {
             current: image,
             durable: self.durable.clone(),
-            volatile: self.volatile.clone(),
+            volatile,
             ..Self::default()
         }
     }
@@ -217,7 +219,9 @@ impl TestDisk {
         }
     }
 
-    fn tear(&self, image: &mut [u8], cut: Cut, volatile: bool) {
+    /// Puts what a cut keeps into an image; returns it.
+    fn tear(&self, image: &mut [u8], cut: Cut, volatile: bool) -> Vec<(u64, Vec<u8>)> {
+        let mut kept = Vec::new();
         let completed = self.volatile.iter().filter(|_| volatile).cloned();
         let flying = self.in_flight.iter().filter_map(|(c, _)| match c {
             DiskCommand::Write { offset, data, .. } => Some((*offset, Self::bytes_of(data))),
@@ -243,9 +247,11 @@ impl TestDisk {
                 if keep {
                     let at = offset as usize + i * 512;
                     image[at..at + sector.len()].copy_from_slice(sector);
+                    kept.push((at as u64, sector.to_vec()));
                 }
             }
         }
+        kept
     }
 }
 

@@ -54,6 +54,30 @@ impl Export {
         export.wait_ready(|| connects().then_some(()))
     }
 
+    /// Serves snapshots of different volumes, each on a unix socket `SNAPSHOT.sock` among the cluster's scratch files.
+    ///
+    /// # Panics
+    /// If it does not come up within 20 s.
+    pub fn start_snapshots(cluster: &Cluster, snapshots: &[String], name: &str) -> Self {
+        let sockets: Vec<PathBuf> = snapshots
+            .iter()
+            .map(|s| cluster.scratch(&format!("{s}.sock")))
+            .collect();
+        let mut args = Vec::new();
+        for (snapshot, socket) in snapshots.iter().zip(&sockets) {
+            let socket = socket.to_str().expect("UTF-8 path");
+            args.extend(["--snapshot", snapshot, "--socket", socket]);
+        }
+        let first = sockets.first().expect("a snapshot");
+        let export = Self::spawn_raw(cluster, &snapshots[0], name, first, &args);
+        let connects =
+            |(s, path): (&String, &PathBuf)| super::NbdClient::connect_unix(path, s).is_ok();
+        export.wait_ready(|| {
+            let mut all = snapshots.iter().zip(&sockets);
+            all.all(connects).then_some(())
+        })
+    }
+
     /// Serves a volume on a TCP address inside the cluster's network namespace.
     ///
     /// # Panics

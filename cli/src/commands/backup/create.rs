@@ -244,6 +244,12 @@ async fn back_up(
         schedule: args.schedule.clone(),
         compression: args.compression,
     };
+    if plan.reads_nothing() {
+        // Of a volume that was never attached there is nothing to be served either.
+        let bar = Bar::new("backup");
+        let made = writer::backup(repository, &Nothing, plan, &bar).await;
+        return Ok((made.map_err(failed)?, false));
+    }
     let id = output::id_text(&snapshot.snapshot_id);
     let what = What::Snapshot {
         id: &id,
@@ -265,6 +271,18 @@ async fn back_up(
         tracing::warn!("{error}");
     }
     Ok((result.map_err(failed)?, false))
+}
+
+/// A source of which nothing is to be read.
+struct Nothing;
+
+#[async_trait::async_trait]
+impl writer::Source for Nothing {
+    async fn read(&self, _offset: u64, _length: u32) -> std::io::Result<bytes::Bytes> {
+        Err(std::io::Error::other(
+            "a snapshot without data was to be read",
+        ))
+    }
 }
 
 /// What the manifest says of where the data came from.
