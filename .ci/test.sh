@@ -70,11 +70,11 @@ quiet=an_upgrade_by_hand_over_costs_less_than_a_second
 # Tests side by side: they wait more than they compute. Each line is a lane; what is measured in parts of a second comes after them, alone.
 lanes() {
     (for name in e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers $others; do tests "$name"; done) &
-    (tests e2e_node --skip "$quiet"; tests e2e_csi_sanity; tests e2e_postgres) &
+    (tests e2e_group_snapshots; tests e2e_node --skip "$quiet"; tests e2e_csi_sanity; tests e2e_postgres; tests e2e_schedule) &
     (tests e2e_csi_node; step chart .ci/chart.sh "$target/debug"; step images .ci/images.sh "$target/debug") &
     wait
 }
-known=" e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers e2e_node e2e_csi_sanity e2e_csi_node e2e_postgres "
+known=" e2e_clients e2e_corruption e2e_crashes e2e_csi_controller e2e_readers e2e_node e2e_csi_sanity e2e_csi_node e2e_postgres e2e_group_snapshots e2e_schedule "
 others=
 for test in tests/tests/*.rs; do
     name=$(basename "$test" .rs)

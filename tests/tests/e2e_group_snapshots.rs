@@ -146,11 +146,8 @@ fn a_database_on_two_volumes_recovers_from_clones_of_a_group_snapshot() {
     );
     node.start(&script(&[
         AS,
-        "as PG/pgbench -h /run/postgresql -c 4 -j 1 -T 600 --max-tries=1 bench\n",
-    ]));
-    node.start(&script(&[
-        AS,
-        "n=0; while true; do n=$((n+1)); as PG/psql -h /run/postgresql -qc \"insert into ledger values ($n)\" bench && echo $n > /share/committed.tmp && mv /share/committed.tmp /share/committed; done\n",
+        "as PG/pgbench -h /run/postgresql -c 4 -j 1 -T 600 --max-tries=1 bench >/dev/null 2>&1 &\n\
+         n=0; while true; do n=$((n+1)); as PG/psql -h /run/postgresql -qc \"insert into ledger values ($n)\" bench && echo $n > /share/committed.tmp && mv /share/committed.tmp /share/committed; done\n",
     ]));
     let file = cluster.scratch("node1").join("committed");
     let committed = || {
