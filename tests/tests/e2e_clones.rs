@@ -130,3 +130,52 @@ fn clones_show_their_snapshot_and_outlive_what_they_were_made_of() {
         (used_bytes(&cluster) == 0).then_some(())
     });
 }
+
+/// Bytes that each disk has in use.
+fn used_by_disk(cluster: &Cluster) -> Vec<u64> {
+    let disks = cluster.json(&["disk", "list"]);
+    let disks = disks.as_array().unwrap();
+    disks
+        .iter()
+        .map(|d| d["used_bytes"].as_u64().unwrap())
+        .collect()
+}
+
+#[test]
+fn trimmed_space_comes_back_on_every_disk_unless_a_snapshot_holds_it() {
+    let cluster = Cluster::up(ClusterSpec::default());
+    cluster.volume("v", "64MiB", 3);
+    let export = Export::start(&cluster, "v");
+    let mut client = NbdClient::connect_unix(export.socket(), "v").unwrap();
+    let mib = vec![0x77; 1 << 20];
+    for part in 0..32u64 {
+        client.write(part << 20, &mib).unwrap();
+    }
+    client.flush().unwrap();
+    let within = |low: u64, high: u64| {
+        wait_until(
+            &format!("each disk to have {low} to {high} MiB in use"),
+            Duration::from_secs(40),
+            || {
+                let used = used_by_disk(&cluster);
+                let fits = used.iter().all(|u| (low << 20..=high << 20).contains(u));
+                (used.len() == 3 && fits).then_some(())
+            },
+        );
+    };
+    within(32, 34);
+    // What was trimmed is free as soon as it is written back.
+    client.trim(0, 16 << 20).unwrap();
+    client.flush().unwrap();
+    within(16, 18);
+    // What a snapshot shows is kept, and free when the snapshot is deleted.
+    cluster.ok(&["snapshot", "create", "v", "--name", "s"]);
+    client.trim(16 << 20, 16 << 20).unwrap();
+    client.flush().unwrap();
+    std::thread::sleep(Duration::from_secs(5));
+    within(16, 18);
+    cluster.ok(&["snapshot", "delete", "s", "--yes"]);
+    within(0, 2);
+    drop(client);
+    assert!(export.stop().success());
+}
