@@ -37,7 +37,7 @@ def flags(name, tag):
 def go_flags(path, version, under):
     found = set()
     for text in files(path, version, under).values():
-        pattern = r"\w+\.(?:\w*Var|String|Bool|Int|Duration|Float64|Uint)\((?:&?[\w.]+, )?\"([a-z0-9-]+)\""
+        pattern = r"\w+\.(?:\w*Var|String|Bool|Int|Duration|Float64|Uint)\((?:&?[\w.]+(?:\(&?\w+\))?, )?\"([a-z0-9-]+)\""
         found |= set(re.findall(pattern, text))
     return found
 

@@ -9,7 +9,7 @@ kubernetes=k8s.io/kubernetes@v1.36.3
 prometheus=github.com/prometheus-operator/prometheus-operator@v0.85.0
 snapshotter=github.com/kubernetes-csi/external-snapshotter/client/v8@v8.6.0
 
-made="$kubernetes $prometheus $snapshotter $(cksum <.ci/kubernetes_schemas.py)"
+made="$kubernetes $prometheus $snapshotter $(cat .ci/kubernetes_schemas.py .ci/kubernetes-schemas.sh | cksum)"
 if [ "$(cat "$directory/made" 2>/dev/null)" = "$made" ]; then
     exit
 fi
@@ -23,5 +23,6 @@ python3 .ci/kubernetes_schemas.py "$directory" \
     "$(module $kubernetes)/api/openapi-spec/swagger.json" \
     "$(module $prometheus)/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" \
     "$(module $prometheus)/example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml" \
-    "$(module $snapshotter)/config/crd/snapshot.storage.k8s.io_volumesnapshotclasses.yaml"
+    "$(module $snapshotter)/config/crd/snapshot.storage.k8s.io_volumesnapshotclasses.yaml" \
+    "$(module $snapshotter)/config/crd/groupsnapshot.storage.k8s.io_volumegroupsnapshotclasses.yaml"
 echo "$made" >"$directory/made"
