@@ -276,7 +276,7 @@ impl Bench<'_> {
         let made =
             self.cluster
                 .ashlar(&["volume", "create", name, "--replicas", "3", "--size", &size])?;
-        let id = made["volume_id"].as_str().context("volume create")?;
+        let id = made["id"].as_str().context("volume create")?;
         let id = parse_id(id)?;
         let socket = sockets.join(format!("{name}.sock"));
         let exports = [(name.to_owned(), socket.clone())];
