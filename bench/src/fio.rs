@@ -125,7 +125,9 @@ impl Running {
         // The JSON of an earlier run must not be taken for this one's.
         let _ = std::fs::remove_file(&output);
         let log = File::create(&messages)?;
+        // Threads: a job that is a process of its own would outlive the one that is killed.
         let child = Command::new("fio")
+            .arg("--thread")
             .arg("--output-format=json")
             .arg(format!("--output={}", output.display()))
             .args(options)

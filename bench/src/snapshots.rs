@@ -37,6 +37,8 @@ const MANY_MIN: f64 = 0.9;
 const MANY: usize = 500;
 /// Pause between snapshots under load.
 const PAUSE: Duration = Duration::from_millis(60);
+/// After it what was written is home: an idle store begins after 2 s.
+const SETTLES: Duration = Duration::from_secs(6);
 const GONE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Of `snapshots`.
@@ -254,8 +256,10 @@ pub fn measure(size: &Size, work: &Path) -> Result<Report> {
         count: 0,
     };
     let mut report = Report::default();
+    println!("  clones of 100 GiB");
     bench.clones(sockets.path(), &mut report)?;
     for (index, (name, bytes)) in [("big", 1024 * GIB), ("small", GIB)].iter().enumerate() {
+        println!("  snapshots of {} GiB", bytes / GIB);
         let volume = bench.volume(sockets.path(), name, *bytes)?;
         bench.fill(&volume)?;
         report.create_ms[index] = bench.under_load(&volume)?;
@@ -265,6 +269,7 @@ pub fn measure(size: &Size, work: &Path) -> Result<Report> {
         drop(volume);
         bench.cluster.ashlar(&["volume", "delete", name, "--yes"])?;
     }
+    println!("  {MANY} snapshots of one volume");
     bench.many(sockets.path(), &mut report)?;
     bench.cluster.discard_data();
     Ok(report)
@@ -403,8 +408,21 @@ impl Bench<'_> {
         Ok(times)
     }
 
+    /// Brings the volume to where write-back goes on all the time, as it does under lasting load.
+    fn warm(&self, volume: &Volume) -> Result<()> {
+        self.iops(volume, "randwrite")?;
+        Ok(())
+    }
+
+    /// Reads while everything is home.
+    fn settled_reads(&self, volume: &Volume) -> Result<f64> {
+        std::thread::sleep(SETTLES);
+        self.iops(volume, "randread")
+    }
+
     fn before_and_after(&mut self, volume: &Volume, report: &mut Report) -> Result<()> {
         for _ in 0..self.size.rounds {
+            self.warm(volume)?;
             let before = self.iops(volume, "randwrite")?;
             let (id, _) = self.snapshot(&volume.id)?;
             let after = self.iops(volume, "randwrite")?;
@@ -412,10 +430,10 @@ impl Bench<'_> {
             self.delete(vec![id])?;
             self.wait_gone()?;
             // Reads of a head of which half lies in another layer.
-            let before = self.iops(volume, "randread")?;
+            let before = self.settled_reads(volume)?;
             let (id, _) = self.snapshot(&volume.id)?;
-            self.iops(volume, "randwrite")?;
-            let after = self.iops(volume, "randread")?;
+            self.warm(volume)?;
+            let after = self.settled_reads(volume)?;
             report.reads.push([before, after]);
             self.delete(vec![id])?;
             self.wait_gone()?;
@@ -429,9 +447,10 @@ impl Bench<'_> {
         self.fill(&volume)?;
         let mut before = Vec::new();
         for _ in 0..self.size.rounds {
+            self.warm(&volume)?;
             before.push([
                 self.iops(&volume, "randwrite")?,
-                self.iops(&volume, "randread")?,
+                self.settled_reads(&volume)?,
             ]);
         }
         let mut load = Self::options(&volume.target, "randwrite", &Self::load(3600));
@@ -442,9 +461,10 @@ impl Bench<'_> {
         }
         drop(fio);
         for [writes, reads] in before {
+            self.warm(&volume)?;
             let now = [
                 self.iops(&volume, "randwrite")?,
-                self.iops(&volume, "randread")?,
+                self.settled_reads(&volume)?,
             ];
             report.many_writes.push([writes, now[0]]);
             report.many_reads.push([reads, now[1]]);
@@ -460,6 +480,8 @@ impl Bench<'_> {
             "--bs=4k".to_owned(),
             "--iodepth=32".into(),
             format!("--size={}", 100 * GIB),
+            // Without it fio begins again until it has written the size.
+            format!("--io_size={}", 100 * GIB / (4 * MIB) * 4096),
         ];
         let mut options = Self::options(&volume.target, "write", &rest);
         options.retain(|o| !o.starts_with("--rw="));

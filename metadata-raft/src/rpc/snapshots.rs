@@ -87,6 +87,7 @@ impl Member {
         if reserved != ids {
             return Ok((reserved, taking));
         }
+        let reserved_after = clock::now().since(began);
         let commits = match self.held(&ids, began, changes).await {
             Ok(commits) => commits,
             Err(why) => {
@@ -98,9 +99,19 @@ impl Member {
             request: key,
             operation: Operation::CommitSnapshots(commits),
         };
+        let held_after = clock::now().since(began);
         let committed = self.propose(command).await;
         match committed {
-            Ok(Answer::Snapshots(ids)) => Ok((ids, taking)),
+            Ok(Answer::Snapshots(ids)) => {
+                let committed_after = clock::now().since(began);
+                tracing::debug!(
+                    ?reserved_after,
+                    ?held_after,
+                    ?committed_after,
+                    "took snapshots"
+                );
+                Ok((ids, taking))
+            }
             Ok(other) => Err(unexpected(&other)),
             Err(Fault::Status(status)) if status.code() == Code::Aborted => {
                 self.cancel(ids).await;

@@ -41,6 +41,7 @@ pub(super) struct Switch {
     state: State,
     /// The number that is switched to, or was last.
     number: SnapshotNumber,
+    began: Time,
     until: Time,
     held: VecDeque<ClientRequest>,
 }
@@ -76,6 +77,7 @@ impl Session {
         {
             self.switch.state = State::Draining;
             self.switch.number = number;
+            self.switch.began = self.now;
             self.switch.until = self.now.after(HOLD_TIME);
             self.pump = true;
         }
@@ -102,6 +104,8 @@ impl Session {
             // One that is under way may have begun before the last acknowledgement.
             let after = self.flush_number + 1;
             self.switch.state = State::Flushing(after);
+            let took = self.now.since(self.switch.began);
+            tracing::debug!(number = self.switch.number.0, ?took, "drained");
         }
         if let State::Flushing(number) = self.switch.state {
             if self.flush.is_none() && self.flush_number < number {
@@ -112,6 +116,8 @@ impl Session {
                 self.switch.state = State::Holding;
                 self.layer = self.switch.number;
                 self.stats.switches += 1;
+                let took = self.now.since(self.switch.began);
+                tracing::debug!(number = self.layer.0, ?took, "holds its writes");
                 self.report_held();
             }
         }

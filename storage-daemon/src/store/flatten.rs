@@ -78,9 +78,13 @@ enum Step {
 pub(super) struct FlattenState {
     /// Replica number, slot, chunk, what.
     step: Option<(u64, u32, u32, Step)>,
+    /// When a step was begun.
+    pub(super) tried: Option<Time>,
     rest_until: Option<Time>,
-    /// Some replica is being flattened.
+    /// Some replica is being flattened, or waits for its link to be cut.
     any: bool,
+    /// Some replica may have something left to be copied.
+    copies: bool,
 }
 
 impl FlattenState {
@@ -90,7 +94,7 @@ impl FlattenState {
 
     /// When to go on after a pause.
     pub(super) fn deadline(&self, now: Time) -> Option<Time> {
-        let waits = self.any && self.step.is_none();
+        let waits = self.copies && self.step.is_none();
         self.rest_until.filter(|at| waits && *at > now)
     }
 }
@@ -103,6 +107,7 @@ impl Store {
         if replica.base.is_some() && replica.flatten.is_none() {
             replica.flatten = Some(Flatten::Chunk(0));
             self.flattening.any = true;
+            self.flattening.copies = true;
         }
         Ok(())
     }
@@ -146,7 +151,7 @@ impl Store {
     /// Begins the next step, if there is one and it is the time for it.
     pub(super) fn pump_flatten(&mut self, out: &mut Vec<StoreCommand>) {
         for _ in 0..CHUNKS_PER_EVENT {
-            if !(self.flattening.any && self.may_flatten()) {
+            if !self.may_flatten() {
                 return;
             }
             let mut replicas = self.index.replicas.iter().flatten();
@@ -157,12 +162,18 @@ impl Store {
             });
             match next {
                 None => {
+                    self.flattening.copies = false;
                     let mut replicas = self.index.replicas.iter().flatten();
                     self.flattening.any = replicas.any(|r| r.flatten.is_some());
                     return;
                 }
                 Some((slot, number, Ok(from))) => match self.next_chunk(slot, from) {
-                    Some(chunk) => self.begin_flatten((number, slot, chunk), out),
+                    Some(chunk) => {
+                        self.begin_flatten((number, slot, chunk), out);
+                        if self.flattening.step.is_some() {
+                            self.flattening.tried = Some(self.now);
+                        }
+                    }
                     None => {
                         let log = &self.log;
                         let newest = if log.open.is_empty() {
@@ -175,6 +186,7 @@ impl Store {
                 },
                 Some((_, _, Err(batch))) if batch > self.log.completed => {
                     self.close_wanted |= batch == self.log.next_sequence;
+                    self.flattening.tried = Some(self.now);
                     return;
                 }
                 Some((slot, number, Err(_))) => {
@@ -183,6 +195,7 @@ impl Store {
                 }
             }
         }
+        self.flattening.tried = Some(self.now);
         self.flattening.rest_until = Some(self.now.after(self.pause()));
     }
 
@@ -200,10 +213,11 @@ impl Store {
         }
     }
 
-    fn may_flatten(&self) -> bool {
-        self.flattening.step.is_none()
+    pub(super) fn may_flatten(&self) -> bool {
+        self.flattening.copies
+            && self.flattening.step.is_none()
             && self.flattening.rest_until.is_none_or(|at| at <= self.now)
-            && self.is_quiet_for_moves()
+            && self.may_move(self.flattening.tried)
     }
 
     fn rest(&mut self, pause: Duration) {

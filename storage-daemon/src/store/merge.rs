@@ -15,8 +15,10 @@
 //! - Everything else goes through the log, in one batch: the blocks under their new name, with version, checksum
 //!   and state as they were, and their erasure under the old one. Write-back then frees the page.
 //! - A step needs no free page: what would need one waits until write-back has made a relabelling of it.
-//! - One step is under way at a time. It begins only while the log is at most half full, or write-back has no
-//!   reason to make it emptier, and nobody waits for it; while there are requests, a pause lies between steps.
+//! - One step is under way at a time, and while there are requests a pause lies between steps. One that is not overdue
+//!   begins only while the log is at most half full, or write-back has no reason to make it emptier, and nobody
+//!   waits for it. One that is overdue goes before the next burst: load without an end does not keep what was
+//!   deleted for ever.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -37,6 +39,8 @@ use super::{Phase, Store};
 const MOVED_PAGES_MAX: u64 = 8;
 /// Chunks that one event looks at.
 const CHUNKS_PER_EVENT: usize = 16;
+/// A step is overdue after so many pauses.
+const OVERDUE_PAUSES: u32 = 4;
 /// Most pages with entries in the overlay: erasures take few bytes of the log, and memory until they are home.
 const OVERLAY_PAGES_MAX: usize = 16 * 1024;
 /// Blocks of sectors that a plan asks for at once.
@@ -83,6 +87,15 @@ pub(super) enum Step {
     },
 }
 
+/// Where the plan of a chunk goes on after a step: what lies above was planned and has to wait.
+struct Resume {
+    replica: u64,
+    chunk: u32,
+    layer: u32,
+    /// Pages that are held back from this layer on.
+    held: u64,
+}
+
 /// State of merging.
 #[derive(Default)]
 pub(super) struct MergeState {
@@ -96,6 +109,9 @@ pub(super) struct MergeState {
     any: bool,
     /// Everything left waits for write-back.
     stalled: bool,
+    resume: Option<Resume>,
+    /// When a step was begun, or looked for in vain.
+    tried: Option<Time>,
     rest_until: Option<Time>,
 }
 
@@ -108,6 +124,8 @@ impl MergeState {
     pub(super) fn wake(&mut self) {
         self.any = true;
         self.stalled = false;
+        // Layers may have other names now, and what had to wait may not have to.
+        self.resume = None;
         // The search goes once around, wherever it is.
         self.progress = true;
     }
@@ -135,9 +153,13 @@ impl Store {
                 return;
             };
             self.begin_step(slot, chunk, out);
+            if self.merge.step.is_some() {
+                self.merge.tried = Some(self.now);
+            }
         }
         // More chunks are to be looked at: at the next event, which is asked for.
         if self.may_merge() {
+            self.merge.tried = Some(self.now);
             self.merge.rest_until = Some(self.now.after(self.pause()));
         }
     }
@@ -147,17 +169,39 @@ impl Store {
             && !self.merge.stalled
             && self.merge.step.is_none()
             && self.merge.rest_until.is_none_or(|at| at <= self.now)
-            && self.is_quiet_for_moves()
+            && self.may_move(self.merge.tried)
     }
 
-    /// Whether blocks may be moved in the background: nobody waits, and the log and the overlay have room.
-    pub(super) fn is_quiet_for_moves(&self) -> bool {
+    /// Whether blocks may be moved in the background: nobody waits, and the log and the overlay have room; or it was
+    /// tried last so long ago that the others have to wait.
+    pub(super) fn may_move(&self, tried: Option<Time>) -> bool {
+        let quiet = self.queue.is_empty()
+            && (self.log.used <= self.log.bytes / 2 || !self.idle_work())
+            && self.index.pages.len() <= OVERLAY_PAGES_MAX;
         matches!(self.phase, Phase::Ready)
             && self.burst.is_idle()
-            && self.queue.is_empty()
-            && (self.log.used <= self.log.bytes / 2 || !self.idle_work())
-            && self.index.pages.len() <= OVERLAY_PAGES_MAX
             && !self.admin.is_dropping()
+            && (quiet || self.is_overdue(tried))
+    }
+
+    fn is_overdue(&self, tried: Option<Time>) -> bool {
+        let after = self.pause().saturating_mul(OVERDUE_PAUSES);
+        tried.is_none_or(|at| at.after(after) <= self.now)
+    }
+
+    /// Write-back of a busy store waits until a step has begun that is overdue.
+    pub(super) fn moves_go_first(&self) -> bool {
+        (self.may_merge() && self.is_overdue(self.merge.tried))
+            || (self.may_flatten() && self.is_overdue(self.flattening.tried))
+    }
+
+    /// Blocks are being moved, or will be at this event: write-back of an idle store waits until that has come to
+    /// an end, or to where it needs write-back. Else every step would pay for a burst.
+    pub(super) fn moves_go_on(&self) -> bool {
+        !self.merge.is_idle()
+            || !self.flattening.is_idle()
+            || self.may_merge()
+            || self.may_flatten()
     }
 
     /// The next chunk with something to merge, in turn.
@@ -210,6 +254,7 @@ impl Store {
     }
 
     fn plan_merge(&mut self, slot: u32, chunk: u32) -> Plan {
+        let resume = self.merge.resume.take();
         let Some(replica) = self.index.by_slot_mut(slot) else {
             return Plan::Done;
         };
@@ -224,13 +269,26 @@ impl Store {
             .map(|n| (n, replica.canonical(n)))
             .filter(|(n, canonical)| n != canonical)
             .collect();
+        let number = replica.header.replica;
+        let resume = resume.filter(|r| (r.replica, r.chunk) == (number, chunk));
         let (mut class, mut held) = (None, 0u64);
         for (from, to) in layers {
-            if class != Some(to) {
-                (class, held) = (Some(to), 0);
+            if resume.as_ref().is_some_and(|r| from > r.layer) {
+                continue;
             }
+            if class != Some(to) {
+                let above = resume.as_ref().filter(|r| r.layer == from);
+                (class, held) = (Some(to), above.map_or(0, |r| r.held));
+            }
+            let before = held;
             let plan = self.plan_layer((slot, chunk), from, to, &mut held);
             if !matches!(plan, Plan::Wait) {
+                self.merge.resume = Some(Resume {
+                    replica: number,
+                    chunk,
+                    layer: from,
+                    held: before,
+                });
                 return plan;
             }
         }

@@ -228,6 +228,7 @@ impl Store {
             return None;
         }
         let quiet = self.idle_work()
+            && !self.moves_go_on()
             && self.sync.idle()
             && self.log.flights() == 0
             && self.log.open.is_empty()
@@ -519,6 +520,7 @@ impl Store {
             Phase::Ready | Phase::Closing(_) => {
                 self.release_deferred();
                 self.check_marker(out);
+                let moves_first = self.moves_go_first();
                 self.pump_burst(out);
                 self.raise_high_water(out);
                 self.pump_discard(out);
@@ -526,6 +528,9 @@ impl Store {
                 self.drain_queue(out);
                 self.pump_merge(out);
                 self.pump_flatten(out);
+                if moves_first {
+                    self.pump_burst(out);
+                }
                 while self.submit_batch(out) && !self.queue.is_empty() {
                     self.drain_queue(out);
                 }

@@ -203,9 +203,13 @@ impl Store {
         // What write-back itself logged again is no reason to go on.
         let full = self.log.used * 100 > self.log.bytes * percent && self.idle_work();
         let pressure = full || stuck;
-        let idle =
-            self.idle_work() && self.now >= self.last_write.after(self.config.idle_write_back);
+        let idle = self.idle_work()
+            && self.now >= self.last_write.after(self.config.idle_write_back)
+            && !self.moves_go_on();
         if !(pressure || idle) || self.admin.is_dropping() || self.merge.moves_pages() {
+            return;
+        }
+        if self.moves_go_first() {
             return;
         }
         if front > self.log.durable {
