@@ -367,6 +367,43 @@ fn a_full_disk_gives_space_back_when_its_snapshots_go() {
     h.call(write_layer(0, 500, 1, v(sequence + 1), 40)).unwrap();
 }
 
+/// The log is never empty, and somebody always waits for it.
+#[test]
+fn load_without_an_end_does_not_keep_a_deleted_snapshot() {
+    let mut h = fresh(1);
+    let mut sequence = 0;
+    let mut next = |h: &mut Harness, layer| {
+        sequence += 1;
+        // What is written under load is not what is to be merged.
+        let chunk = h.rng.below(2) as u32 + if layer == 4 { 2 } else { 0 };
+        let first = h.rng.below(63) as u32 * 16;
+        h.request(write_layer(chunk, first, 16, v(sequence), layer))
+    };
+    for layer in 1..=3 {
+        for _ in 0..60 {
+            next(&mut h, layer);
+            h.settle();
+        }
+        h.put_layers(&list(u64::from(layer), layer, &[layer]));
+    }
+    h.put_layers(&list(9, 3, &[]));
+    assert!(replica(&h).garbage_left > 0);
+    let mut waiting: Vec<u64> = (0..60).map(|_| next(&mut h, 4)).collect();
+    let (mut answered, mut crowded) = (0, 0);
+    while replica(&h).garbage_left > 0 {
+        assert!(answered < 20_000, "{:?}", h.store.stats());
+        h.tick();
+        h.one_io();
+        waiting.retain(|tag| h.replies.remove(tag).is_none());
+        while waiting.len() < 60 {
+            waiting.push(next(&mut h, 4));
+            answered += 1;
+        }
+        crowded += u32::from(h.store.stats().queued_requests > 0);
+    }
+    assert!(crowded > 100, "{answered} {crowded}");
+}
+
 #[test]
 fn a_hundred_layers_of_tombstones_become_one_range() {
     let mut h = fresh(1);

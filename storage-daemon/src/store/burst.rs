@@ -27,7 +27,7 @@ use super::{Store, Target};
 use crate::format::{PageBlock, PageSector, PageState, StoredState};
 
 /// Writes of a burst in flight at once: foreground requests share the device.
-const WRITES_IN_FLIGHT_MAX: u32 = 16;
+const WRITES_IN_FLIGHT_MAX: u32 = 32;
 /// Reads of sectors of a burst in flight at once.
 const READS_IN_FLIGHT_MAX: usize = 32;
 /// Bytes of one read of the log.

@@ -25,7 +25,7 @@ use crate::format::{Record, RecordKind};
 
 /// Pages that one burst may touch: a run of redirects takes few bytes of the log and many pages, and the
 /// disk's thread answers nobody while it plans and builds them.
-const BURST_PAGES_MAX: usize = 4096;
+const BURST_PAGES_MAX: usize = 1024;
 
 /// Pages that a range lies in.
 fn pages_touched(range: BlockRange) -> usize {
