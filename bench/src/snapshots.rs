@@ -238,7 +238,13 @@ struct Volume {
 pub fn measure(size: &Size, work: &Path) -> Result<Report> {
     println!("snapshots and clones");
     let sockets = tempfile::tempdir()?;
-    let options = ["--disk-size", "12GiB", "--ready-timeout", "120"];
+    let options = [
+        "--disk-size",
+        "12GiB",
+        "--preallocate",
+        "--ready-timeout",
+        "120",
+    ];
     let cluster = Cluster::up(&work.join("cluster"), &options)?;
     cluster.ashlar(&["pool", "create", "main", "--overprovision", "100000"])?;
     let runtime = tokio::runtime::Builder::new_current_thread()

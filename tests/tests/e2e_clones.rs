@@ -37,12 +37,7 @@ fn assert_shows(export: &Export, file: &Path, what: &str) {
 }
 
 fn used_bytes(cluster: &Cluster) -> u64 {
-    let disks = cluster.json(&["disk", "list"]);
-    let disks = disks.as_array().unwrap();
-    disks
-        .iter()
-        .map(|d| d["used_bytes"].as_u64().unwrap())
-        .sum()
+    cluster.used_by_disk().iter().sum()
 }
 
 #[test]
@@ -131,16 +126,6 @@ fn clones_show_their_snapshot_and_outlive_what_they_were_made_of() {
     });
 }
 
-/// Bytes that each disk has in use.
-fn used_by_disk(cluster: &Cluster) -> Vec<u64> {
-    let disks = cluster.json(&["disk", "list"]);
-    let disks = disks.as_array().unwrap();
-    disks
-        .iter()
-        .map(|d| d["used_bytes"].as_u64().unwrap())
-        .collect()
-}
-
 #[test]
 fn trimmed_space_comes_back_on_every_disk_unless_a_snapshot_holds_it() {
     let cluster = Cluster::up(ClusterSpec::default());
@@ -152,17 +137,7 @@ fn trimmed_space_comes_back_on_every_disk_unless_a_snapshot_holds_it() {
         client.write(part << 20, &mib).unwrap();
     }
     client.flush().unwrap();
-    let within = |low: u64, high: u64| {
-        wait_until(
-            &format!("each disk to have {low} to {high} MiB in use"),
-            Duration::from_secs(40),
-            || {
-                let used = used_by_disk(&cluster);
-                let fits = used.iter().all(|u| (low << 20..=high << 20).contains(u));
-                (used.len() == 3 && fits).then_some(())
-            },
-        );
-    };
+    let within = |low, high| cluster.wait_used_mib(low, high);
     within(32, 34);
     // What was trimmed is free as soon as it is written back.
     client.trim(0, 16 << 20).unwrap();

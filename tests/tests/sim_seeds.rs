@@ -68,7 +68,10 @@ fn snapshots_are_taken_in_eight_hundred_clusters() {
         "{}\nreplay with: ashlar-sim --snapshots --verbose --seed N",
         failures.join("\n")
     );
-    assert!(summary.snapshots > 1600, "{summary:?}");
+    assert!(
+        summary.snapshots > 1600 && summary.resizes > 500,
+        "{summary:?}"
+    );
 }
 
 #[test]
@@ -90,7 +93,10 @@ fn twelve_hundred_clones_inherit_what_they_should_and_nothing_else() {
         "{}\nreplay with: ashlar-sim --snapshots --clones --verbose --seed N",
         failures.join("\n")
     );
-    assert!(summary.snapshots > 1800, "{summary:?}");
+    assert!(
+        summary.snapshots > 1800 && summary.resizes > 700,
+        "{summary:?}"
+    );
 }
 
 #[test]

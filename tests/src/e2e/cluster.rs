@@ -133,6 +133,26 @@ impl Cluster {
         serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}: {text}"))
     }
 
+    /// Bytes that each disk has in use.
+    pub fn used_by_disk(&self) -> Vec<u64> {
+        let disks = self.json(&["disk", "list"]);
+        let disks = disks.as_array().into_iter().flatten();
+        disks.filter_map(|d| d["used_bytes"].as_u64()).collect()
+    }
+
+    /// Waits until each of three disks has between so many and so many MiB in use.
+    pub fn wait_used_mib(&self, low: u64, high: u64) {
+        wait_until(
+            &format!("each disk to have {low} to {high} MiB in use"),
+            Duration::from_secs(60),
+            || {
+                let used = self.used_by_disk();
+                let fits = used.iter().all(|u| (low << 20..=high << 20).contains(u));
+                (used.len() == 3 && fits).then_some(())
+            },
+        );
+    }
+
     /// Makes the pool `default` (once) and a volume in it.
     pub fn volume(&self, name: &str, size: &str, replicas: u32) {
         let pools = self.json(&["pool", "list"]);

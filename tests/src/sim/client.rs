@@ -91,6 +91,8 @@ pub struct Client {
     pub reads: bool,
     /// The session serves.
     pub serving: bool,
+    /// Bytes of the volume as the session told; 0 until it serves.
+    pub size_bytes: u64,
     /// It was asked to close.
     pub closing: bool,
     /// Readers come after it, not a client that writes.
@@ -128,6 +130,7 @@ impl Client {
             next_ask: 1,
             force,
             serving: false,
+            size_bytes: 0,
             closing: false,
             readers_follow: false,
             granted: false,

@@ -231,8 +231,10 @@ pub(super) fn prepare(cluster: &mut Cluster, rng: &mut Rng) -> Result<(), String
 fn updates(cluster: &mut Cluster, rng: &mut Rng, epoch: Epoch) -> Vec<Update> {
     let mut updates: Vec<Update> = Vec::new();
     let per_chunk = u64::from(BLOCKS_PER_CHUNK);
+    // The origin does not grow.
+    let blocks = cluster.setup.shape.size_bytes / BLOCK_SIZE as u64;
     for (first, count) in cluster.workload.everything() {
-        let (mut block, end) = (first.div_ceil(8), (first + count) / 8);
+        let (mut block, end) = (first.div_ceil(8), ((first + count) / 8).min(blocks));
         while block < end {
             let left = (end - block).min(per_chunk - block % per_chunk);
             let count = rng.between(1, 20).min(left);

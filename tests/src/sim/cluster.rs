@@ -104,6 +104,7 @@ pub(super) enum Timer {
     Heartbeat,
     Snapshot,
     SnapshotOver,
+    Grow,
     Submit {
         client: u32,
     },
@@ -122,6 +123,8 @@ pub struct Setup {
     pub network: NetworkConfig,
     /// The volume is a clone (`clones`).
     pub clones: bool,
+    /// Sizes that the volume grows to (`growth`), ascending.
+    pub grows: Vec<u64>,
     /// A mistake for sessions to make.
     #[cfg(feature = "planted-bugs")]
     pub planted_bug: Option<nbd_client::engine::PlantedBug>,
@@ -164,6 +167,8 @@ pub struct Cluster {
     pub(super) origin: Image,
     /// Audits so far.
     pub(super) audits: u64,
+    /// Times that the volume grew.
+    pub(super) resizes: u64,
     rounds: u64,
     /// What the clients did.
     pub history: History,
@@ -207,6 +212,7 @@ impl Cluster {
             bad_blocks: BTreeSet::new(),
             origin: Image::new(),
             audits: 0,
+            resizes: 0,
             rounds: 0,
             history: History::default(),
             problems: Vec::new(),
@@ -382,6 +388,7 @@ impl Cluster {
             Timer::Heartbeat => self.heartbeats(),
             Timer::Snapshot => self.snapshot_due(),
             Timer::SnapshotOver => self.snapshot_over(),
+            Timer::Grow => self.growth_due(),
             Timer::Submit { client } => self.submit_due(client),
         }
     }

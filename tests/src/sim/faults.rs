@@ -388,6 +388,7 @@ impl Cluster {
         self.loading = false;
         self.metadata_down = 0;
         self.metadata_lossy = None;
+        self.grow_up();
         self.cuts.clear();
         self.net.heal_all(self.now);
         for number in 1..=self.setup.shape.nodes {

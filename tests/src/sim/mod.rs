@@ -9,6 +9,7 @@ mod clones;
 pub mod cluster;
 mod faults;
 pub mod frame;
+pub mod growth;
 pub mod history;
 pub mod memory_store;
 pub mod metadata;

@@ -18,7 +18,7 @@ use super::node::Backend;
 use super::oracle;
 use super::schedule::{self, MS, Schedule};
 use super::workload::{Request as UserRequest, Workload};
-use super::{clones, snapshots};
+use super::{clones, growth, snapshots};
 
 /// Once faults stop, everything must be well within this time. The longest chain is: a lease of 2 s, an
 /// opener's patience, several exclusions and rebuilds that interrupt each other.
@@ -37,7 +37,7 @@ pub struct Options {
     pub damage: bool,
     /// Clients that only read come and go.
     pub readers: bool,
-    /// Snapshots are taken and deleted.
+    /// Snapshots are taken and deleted, and the volume grows.
     pub snapshots: bool,
     /// The volume is a clone.
     pub clones: bool,
@@ -76,6 +76,8 @@ pub struct Report {
     pub requests: (usize, usize),
     /// Snapshots committed.
     pub snapshots: u64,
+    /// Times that the volume grew.
+    pub resizes: u64,
     /// The faults.
     pub schedule: Schedule,
     /// Every event, if asked for.
@@ -103,12 +105,13 @@ pub fn run(seed: u64, options: &Options) -> Report {
     if options.readers {
         schedule::add_readers(&mut rng, &mut schedule);
     }
-    let workload = Workload::generate(
-        &mut rng,
-        shape.size_bytes / 512,
-        schedule.duration,
-        REQUESTS,
-    );
+    let grows = if options.snapshots {
+        growth::sizes(&mut rng, shape.size_bytes)
+    } else {
+        Vec::new()
+    };
+    let last_size = grows.last().copied().unwrap_or(shape.size_bytes);
+    let workload = Workload::generate(&mut rng, last_size / 512, schedule.duration, REQUESTS);
     let jitter_ns = *rng.pick(&[20_000, 200_000, 2_000_000]).unwrap_or(&20_000);
     let network = NetworkConfig {
         latency_ns: 20_000,
@@ -121,6 +124,7 @@ pub fn run(seed: u64, options: &Options) -> Report {
         backend,
         use_codec: rng.chance(1, 4),
         clones: options.clones,
+        grows,
         network,
         #[cfg(feature = "planted-bugs")]
         planted_bug: options.planted_bug,
@@ -130,6 +134,9 @@ pub fn run(seed: u64, options: &Options) -> Report {
     if options.snapshots {
         for _ in 0..rng.between(2, 12) {
             cluster.timer(rng.between(50 * MS, schedule.duration), Timer::Snapshot);
+        }
+        for _ in 0..cluster.setup.grows.len() {
+            cluster.timer(rng.between(50 * MS, schedule.duration), Timer::Grow);
         }
     }
     let mut ready = Ok(());
@@ -147,6 +154,7 @@ pub fn run(seed: u64, options: &Options) -> Report {
             operations.iter().filter(|op| op.done().is_some()).count(),
         ),
         snapshots: cluster.metadata.snapshots.taken,
+        resizes: cluster.resizes,
         schedule,
         trace: std::mem::take(&mut cluster.trace),
     }
@@ -217,7 +225,8 @@ fn settle(cluster: &mut Cluster) -> Result<(), String> {
             .filter(|c| c.host != cluster.newest && c.lives())
             .count();
         let redundant = cluster.metadata.fully_redundant() && cluster.layers_are_known();
-        if client.serving && client.in_flight.is_empty() && zombies == 0 && redundant {
+        let grown = client.size_bytes == cluster.metadata.volume().size_bytes;
+        if client.serving && grown && client.in_flight.is_empty() && zombies == 0 && redundant {
             return Ok(());
         }
         if cluster.now() > end {
@@ -438,6 +447,8 @@ pub struct Summary {
     pub answered: usize,
     /// Snapshots committed.
     pub snapshots: u64,
+    /// Times that volumes grew.
+    pub resizes: u64,
 }
 
 /// Runs seeds on several threads. `each` gets every report, in no particular order, and says whether to
@@ -471,6 +482,7 @@ pub fn many(
             summary.requests += report.requests.0;
             summary.answered += report.requests.1;
             summary.snapshots += report.snapshots;
+            summary.resizes += report.resizes;
             if !stop.load(Relaxed) && !each(&report) {
                 stop.store(true, Relaxed);
             }
@@ -492,6 +504,7 @@ fn run_caught(seed: u64, options: &Options) -> Report {
             digest: 0,
             requests: (0, 0),
             snapshots: 0,
+            resizes: 0,
             schedule: Schedule {
                 duration: 0,
                 faults: Vec::new(),

@@ -45,9 +45,13 @@ impl Cluster {
         if !client.session.accepting() {
             return self.timer(5 * MS, Timer::Submit { client: host });
         }
-        self.requests_left -= 1;
-        let reads = client.reads;
+        let (reads, size) = (client.reads, client.size_bytes);
         let mut request = self.workload.next(&mut self.rng);
+        if (request.first + request.count) * SECTOR as u64 > size {
+            // It is not as large yet.
+            return self.timer(5 * MS, Timer::Submit { client: host });
+        }
+        self.requests_left -= 1;
         if reads {
             request.kind = Kind::Read;
             request.fua = false;

@@ -105,12 +105,7 @@ impl Cluster {
             SessionCommand::Reply { tag, result } => self.reply(host, tag, result),
             SessionCommand::Serving { size_bytes } => {
                 client.serving = true;
-                let expected = self.setup.shape.size_bytes;
-                if size_bytes != expected {
-                    self.problem(format!(
-                        "client {host} serves {size_bytes} bytes instead of {expected}"
-                    ));
-                }
+                self.size_told(host, size_bytes);
                 self.note(|| format!("k{host} SERVES"));
                 self.history.serving.push((host, self.now));
                 self.settle_total_loss();
@@ -118,7 +113,7 @@ impl Cluster {
                     self.arm_submit(host);
                 }
             }
-            SessionCommand::Resized { .. } => {}
+            SessionCommand::Resized { size_bytes } => self.size_told(host, size_bytes),
             SessionCommand::Stopped { reason } => {
                 self.note(|| format!("k{host} STOPS {reason:?}"));
                 self.stop_client(host, ClientState::Stopped(reason));
