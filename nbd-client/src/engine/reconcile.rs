@@ -7,6 +7,8 @@
 //! - The highest version wins whether it was acknowledged or not; blocks keep version and layer.
 //! - Memory is bounded: one page of entries per member and [`FIXES_MAX`] copies at a time.
 //! - A member that fails meanwhile makes the group start again, when it is back or excluded.
+//! - Members under different layer lists may name one layer differently. What is listed under two names is copied under
+//!   both; where one copy supersedes the other, that is no damage.
 //! - After R5 the retained writes are replayed before anything else in the group goes on.
 
 use std::collections::VecDeque;
@@ -322,6 +324,15 @@ impl Session {
         } else {
             None
         };
+        let newer = |info: &ashlar_proto::wire::BlockInfo| {
+            info.state != BlockState::Bad && info.version > entry.version
+        };
+        if block.as_ref().is_some_and(|(info, _)| newer(info)) {
+            // Another copy of this run came first, under a number that is the same layer to this member: no
+            // reader can tell the two apart (S7), and the higher version goes to all by itself.
+            run.fixes[fix as usize] = None;
+            return self.reconcile_pump(g);
+        }
         let intact = block
             .filter(|(info, data)| info.state == BlockState::Data && verified(info, data))
             .filter(|(info, _)| info.version == entry.version);
