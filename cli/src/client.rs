@@ -90,12 +90,7 @@ impl Metadata {
         })
     }
 
-    /// The members that are asked.
-    pub fn endpoints(&self) -> &[String] {
-        &self.endpoints
-    }
-
-    /// The members, as `host:port`.
+    /// The members that are asked, as `host:port`.
     pub fn addresses(&self) -> Vec<String> {
         let plain = |e: &String| e.strip_prefix("http://").unwrap_or(e).to_owned();
         self.endpoints.iter().map(plain).collect()

@@ -1,5 +1,5 @@
-//! Waiting with a progress bar (on standard error, and only when it is a terminal) until all replicas
-//! of a volume are in sync.
+//! Progress bars (on standard error, and only when it is a terminal), and waiting with one until all replicas of a volume are
+//! in sync.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,6 +13,21 @@ use crate::error::{CliError, Result};
 
 /// Pause between two looks.
 const INTERVAL: Duration = Duration::from_millis(300);
+
+/// Of steps that are counted and otherwise said in words.
+pub const STEPS: &str = "{prefix} [{bar:30}] {percent:>3}% {msg} ({elapsed})";
+
+/// A bar of this template; `about`: what it is the progress of.
+pub fn bar(about: &str, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+    bar.set_style(
+        ProgressStyle::with_template(template)
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> "),
+    );
+    bar.set_prefix(about.to_owned());
+    bar
+}
 
 /// How long to wait for replicas.
 #[derive(clap::Args, Clone, Copy, Debug)]
@@ -53,13 +68,7 @@ pub async fn wait_in_sync(
     wait: WaitArgs,
 ) -> Result<pb::Volume> {
     let deadline = Instant::now() + Duration::from_secs(wait.wait_timeout);
-    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-    bar.set_style(
-        ProgressStyle::with_template("{prefix} [{bar:30}] {percent:>3}% {msg} ({elapsed})")
-            .unwrap_or_else(|_| ProgressStyle::default_bar())
-            .progress_chars("=> "),
-    );
-    bar.set_prefix(name.to_owned());
+    let bar = bar(name, STEPS);
     loop {
         let volume = metadata.volume(name).await?;
         let now = redundancy(&volume);

@@ -16,13 +16,13 @@ use ashlar_cli::backup::storage::{Absent, Storage};
 use ashlar_cli::backup::verify::{self, Report};
 use ashlar_cli::backup::{BackupError, Manifest, Progress, Repository, gc, writer};
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::Context;
 use crate::error::{CliError, Kind, Result};
 use crate::output::{self, Column, Output, cell};
-use crate::size;
+use crate::{progress, size};
 
 /// Backups.
 #[derive(Subcommand, Debug)]
@@ -204,15 +204,11 @@ struct Bar(ProgressBar);
 
 impl Bar {
     fn new(doing: &str) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        bar.set_style(
-            ProgressStyle::with_template(
-                "{prefix} [{bar:30}] {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec}, {eta} left, {msg}",
-            )
-            .unwrap_or_else(|_| ProgressStyle::default_bar())
-            .progress_chars("=> "),
+        let bar = progress::bar(
+            doing,
+            "{prefix} [{bar:30}] {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec}, {eta} left, {msg}",
         );
-        bar.set_prefix(doing.to_owned());
+        bar.set_length(0);
         Self(bar)
     }
 }

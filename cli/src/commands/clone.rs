@@ -4,14 +4,13 @@ use std::time::{Duration, Instant};
 
 use ashlar_proto::rpc::metadata as pb;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pb::create_volume_request::Source;
 use serde::Serialize;
 
 use super::Context;
 use crate::client::request_id;
 use crate::error::{CliError, Result};
-use crate::output;
+use crate::{output, progress};
 
 /// Pause between two looks.
 const INTERVAL: Duration = Duration::from_millis(300);
@@ -178,13 +177,7 @@ pub async fn flatten(args: &FlattenArgs, context: &mut Context) -> Result<()> {
 
 async fn wait_independent(args: &FlattenArgs, context: &mut Context) -> Result<pb::Volume> {
     let deadline = Instant::now() + Duration::from_secs(args.wait_timeout);
-    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-    bar.set_style(
-        ProgressStyle::with_template("{prefix} [{bar:30}] {percent:>3}% {msg} ({elapsed})")
-            .unwrap_or_else(|_| ProgressStyle::default_bar())
-            .progress_chars("=> "),
-    );
-    bar.set_prefix(args.volume.clone());
+    let bar = progress::bar(&args.volume, progress::STEPS);
     let mut most = 1;
     loop {
         let volume = context.metadata.volume(&args.volume).await?;

@@ -324,10 +324,10 @@ impl Session {
         } else {
             None
         };
-        let newer = |info: &ashlar_proto::wire::BlockInfo| {
-            info.state != BlockState::Bad && info.version > entry.version
-        };
-        if block.as_ref().is_some_and(|(info, _)| newer(info)) {
+        let superseded = block
+            .as_ref()
+            .is_some_and(|(info, _)| info.state != BlockState::Bad && info.version > entry.version);
+        if superseded {
             // Another copy of this run came first, under a number that is the same layer to this member: no
             // reader can tell the two apart (S7), and the higher version goes to all by itself.
             run.fixes[fix as usize] = None;

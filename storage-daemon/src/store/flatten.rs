@@ -25,6 +25,7 @@ use smallvec::SmallVec;
 
 use super::api::{StoreCommand, StoreError};
 use super::index::{BlockKey, PageKey};
+use super::merge::{CHUNKS_PER_EVENT, SECTORS_MAX};
 use super::pieces::Pieces;
 use super::replica::Replica;
 use super::resolve::Resolved;
@@ -34,10 +35,6 @@ use crate::format::ENTRY_BYTES;
 
 /// Most pages that one step copies.
 const PAGES_MAX: usize = 8;
-/// Chunks that one event looks at.
-const CHUNKS_PER_EVENT: usize = 16;
-/// Blocks of sectors that a plan asks for at once.
-const SECTORS_MAX: usize = 64;
 /// How long a step waits for room on the disk or in the log.
 const ROOM_PAUSE: Duration = Duration::from_millis(100);
 
@@ -241,8 +238,8 @@ impl Store {
             Plan::Copy(pages) => {
                 let blocks = pages.iter().flat_map(|(_, blocks)| blocks);
                 let data = blocks.filter(|(_, r)| r.state == BlockState::Data);
-                let (pieces, parts) = Pieces::new(data.map(|(_, r)| r.offset).collect());
-                self.read_parts(parts, Target::FlattenRead, out);
+                let offsets = data.map(|(_, r)| r.offset).collect();
+                let pieces = self.read_pieces(offsets, Target::FlattenRead, out);
                 let complete = pieces.is_complete();
                 self.flattening.step = Some((number, slot, chunk, Step::Read { pages, pieces }));
                 if complete {
@@ -391,8 +388,6 @@ impl Store {
             }
             self.stats.flattened_pages += 1;
         }
-        let busy = !self.reads.is_empty()
-            || self.now < self.last_write.after(self.pause().saturating_mul(4));
-        self.flattening.rest_until = busy.then(|| self.now.after(self.pause()));
+        self.flattening.rest_until = self.pause_between_steps();
     }
 }

@@ -38,13 +38,13 @@ use super::{Phase, Store};
 /// Most pages whose data one step moves.
 const MOVED_PAGES_MAX: u64 = 8;
 /// Chunks that one event looks at.
-const CHUNKS_PER_EVENT: usize = 16;
+pub(super) const CHUNKS_PER_EVENT: usize = 16;
 /// A step is overdue after so many pauses.
 const OVERDUE_PAUSES: u32 = 4;
 /// Most pages with entries in the overlay: erasures take few bytes of the log, and memory until they are home.
 const OVERLAY_PAGES_MAX: usize = 16 * 1024;
 /// Blocks of sectors that a plan asks for at once.
-const SECTORS_MAX: usize = 64;
+pub(super) const SECTORS_MAX: usize = 64;
 
 /// What happens to one page of a layer.
 pub(super) struct MergePage {
@@ -441,9 +441,14 @@ impl Store {
     pub(super) fn end_step(&mut self, slot: u32, chunk: u32, progress: bool) {
         self.merge.progress |= progress;
         self.stay(slot, chunk);
+        self.merge.rest_until = self.pause_between_steps();
+    }
+
+    /// When the next step may begin: while there are requests, after a pause.
+    pub(super) fn pause_between_steps(&self) -> Option<Time> {
         let busy = !self.reads.is_empty()
             || self.now < self.last_write.after(self.pause().saturating_mul(4));
-        self.merge.rest_until = busy.then(|| self.now.after(self.pause()));
+        busy.then(|| self.now.after(self.pause()))
     }
 }
 

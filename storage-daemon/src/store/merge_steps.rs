@@ -138,8 +138,8 @@ impl Store {
     ) {
         let moved = pages.iter().flat_map(|p| &p.moved);
         let data = moved.filter(|(_, r)| r.state == BlockState::Data);
-        let (pieces, parts) = Pieces::new(data.map(|(_, r)| r.offset).collect());
-        self.read_parts(parts, Target::MergeRead, out);
+        let offsets = data.map(|(_, r)| r.offset).collect();
+        let pieces = self.read_pieces(offsets, Target::MergeRead, out);
         let complete = pieces.is_complete();
         let pages = pages.iter().fold(0, |map, p| map | 1 << p.page);
         let step = Step::Read {
@@ -153,7 +153,19 @@ impl Store {
         }
     }
 
-    /// Reads what a step needs.
+    /// Begins to read the blocks at these offsets.
+    pub(super) fn read_pieces(
+        &mut self,
+        offsets: Vec<u64>,
+        target: fn(u32) -> Target,
+        out: &mut Vec<StoreCommand>,
+    ) -> Pieces {
+        let (pieces, parts) = Pieces::new(offsets);
+        self.read_parts(parts, target, out);
+        pieces
+    }
+
+    /// Reads parts of what a step needs.
     pub(super) fn read_parts(
         &mut self,
         parts: Vec<Part>,

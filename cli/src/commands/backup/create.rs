@@ -255,7 +255,7 @@ async fn back_up(
         id: &id,
         name: &snapshot.name,
     };
-    let export = Export::start(metadata.endpoints(), what).await?;
+    let export = Export::start(&metadata.addresses(), what).await?;
     if export.client.size_bytes() != snapshot.size_bytes {
         return Err(CliError::error(format!(
             "nbd-client serves {} bytes, and the snapshot has {}: report this bug",
@@ -370,7 +370,7 @@ async fn changed(
     base: Option<&Manifest>,
     geometry: Geometry,
 ) -> Result<SegmentSet> {
-    let lists = BlockLists::new(metadata.endpoints())
+    let lists = BlockLists::new(&metadata.addresses())
         .map_err(|e| CliError::usage(format!("an address of metadata: {e}")))?;
     let id = |id: Uuid| SnapshotId(id.into_bytes());
     let base = base.map(|m| id(m.origin.snapshot_id));

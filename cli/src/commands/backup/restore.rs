@@ -166,7 +166,7 @@ async fn fill(
     repository: &Repository,
     manifest: &Manifest,
 ) -> Result<()> {
-    let export = Export::start(metadata.endpoints(), What::Volume(volume)).await?;
+    let export = Export::start(&metadata.addresses(), What::Volume(volume)).await?;
     let bar = Bar::new("restore");
     let result: std::result::Result<(), BackupError> =
         reader::restore(repository, manifest, &export.client, &bar).await;
