@@ -15,7 +15,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cluster::{Cluster, Server};
-use crate::report::{Row, limit_row, number, table};
+use crate::report::{self, Row, limit_row, number, table};
 
 /// CreateVolume must be this fast, in milliseconds.
 const CREATE_P99_MS_MAX: f64 = 100.0;
@@ -151,14 +151,7 @@ const CREATE: &str = "CreateVolume";
 
 /// Only this load; true unless strict and a row falls short.
 pub fn run(args: &CsiArgs) -> Result<bool> {
-    let work = args.out.join("work");
-    std::fs::create_dir_all(&work)?;
-    let work = work.canonicalize()?;
-    println!(
-        "{}, load {:.1}\n",
-        machine::description(),
-        machine::load_average()
-    );
+    let work = report::begin(&args.out)?;
     let size = Size {
         volumes: args.volumes.into(),
         in_flight: args.in_flight.into(),

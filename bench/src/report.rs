@@ -2,7 +2,10 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
+use anyhow::Result;
+use ashlar_bench::machine;
 use serde::Serialize;
 
 use crate::matrix::Measurement;
@@ -180,6 +183,24 @@ impl Speed {
             passes,
         })
     }
+}
+
+/// The directory for working files below the one for results.
+pub fn work_directory(out: &Path) -> Result<PathBuf> {
+    let work = out.join("work");
+    std::fs::create_dir_all(&work)?;
+    Ok(work.canonicalize()?)
+}
+
+/// The same, after the first line of a report: on which machine.
+pub fn begin(out: &Path) -> Result<PathBuf> {
+    let work = work_directory(out)?;
+    println!(
+        "{}, load {:.1}\n",
+        machine::description(),
+        machine::load_average()
+    );
+    Ok(work)
 }
 
 /// The rows of the speed table.

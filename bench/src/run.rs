@@ -18,7 +18,7 @@ use ashlar_bench::machine;
 use crate::cluster::{Cluster, Server};
 use crate::fio::{self, Running, Target};
 use crate::matrix::{JOBS, Measurement, median};
-use crate::report::{Medians, Row, limit_row, speed_rows, table};
+use crate::report::{self, Medians, Row, limit_row, speed_rows, table};
 use crate::series::{self, Phase};
 use crate::{chart, csi, snapshots};
 
@@ -101,9 +101,8 @@ pub fn run(args: &RunArgs) -> Result<bool> {
         bytes: if args.quick { GIB } else { 4 * GIB },
         disk_bytes: if args.quick { 4 * GIB } else { 6 * GIB },
     };
-    let work = args.out.join("work");
-    std::fs::create_dir_all(&work)?;
-    let (out, work) = (args.out.canonicalize()?, work.canonicalize()?);
+    let work = report::work_directory(&args.out)?;
+    let out = args.out.canonicalize()?;
     let result = measure_all(args, plan, &out, &work);
     // Gigabytes that nobody needs afterwards.
     let _ = std::fs::remove_file(work.join("raw.img"));

@@ -14,11 +14,9 @@ use clap::Args;
 use serde::Serialize;
 use tonic::transport::{Channel, Endpoint};
 
-use ashlar_bench::machine;
-
 use crate::cluster::{Cluster, Server};
 use crate::fio::{self, Running, Target};
-use crate::report::{Row, floor_row, limit_row, number, table};
+use crate::report::{self, Row, floor_row, limit_row, number, table};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -199,14 +197,7 @@ impl Report {
 
 /// Only this; true unless strict and a row falls short.
 pub fn run(args: &SnapshotArgs) -> Result<bool> {
-    let work = args.out.join("work");
-    std::fs::create_dir_all(&work)?;
-    let work = work.canonicalize()?;
-    println!(
-        "{}, load {:.1}\n",
-        machine::description(),
-        machine::load_average()
-    );
+    let work = report::begin(&args.out)?;
     let report = measure(&Size::of_bench(args.quick), &work)?;
     let rows = report.rows();
     let json = args.out.join("snapshots.json");

@@ -5,11 +5,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ashlar_tests::e2e::uml::{HOST_ADDRESS, Network, Node, PROGRAMS};
-use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, NbdClient, have, wait_until};
+use ashlar_tests::e2e::postgres::{
+    self, CHECK, COMMITS, START, attach, check, committed, fill, script,
+};
+use ashlar_tests::e2e::uml::{HOST_ADDRESS, Network, Node};
+use ashlar_tests::e2e::{Cluster, ClusterSpec, Export, NbdClient, wait_until};
 
 const ROUNDS: u32 = 200;
-const PG: &str = "/usr/lib/postgresql/15/bin";
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// Takes a group snapshot; on a busy machine not all writers hold in time, and nothing is taken then.
@@ -86,34 +88,9 @@ fn no_later_write_without_an_earlier_one_in_two_hundred_rounds() {
     });
 }
 
-/// Attaches two exports as /dev/nbd0 and /dev/nbd1 with the stock tool.
-fn attach(names: [&str; 2], ports: [u16; 2]) -> String {
-    let [data, log] = names;
-    let [data_port, log_port] = ports;
-    format!(
-        "set -e\n\
-         insmod $(find /lib/modules/$(uname -r)/ -name nbd.ko) max_part=0 2>/dev/null || modprobe nbd max_part=0\n\
-         /usr/sbin/nbd-client -N {data} {HOST_ADDRESS} {data_port} /dev/nbd0 -b 4096 -connections 2 -persist -timeout 30\n\
-         /usr/sbin/nbd-client -N {log} {HOST_ADDRESS} {log_port} /dev/nbd1 -b 4096 -connections 2 -persist -timeout 30\n\
-         mkdir -p /pg /wal /run/postgresql\nchown postgres /run/postgresql\n"
-    )
-}
-
-const AS: &str = "as() { setpriv --reuid=postgres --regid=postgres --clear-groups env HOME=/tmp PATH=$PATH \"$@\"; }\n";
-const START: &str = "as PG/pg_ctl -D /pg/data -w -t 60 -l /pg/log -o '-c unix_socket_directories=/run/postgresql \
-    -c listen_addresses= -c shared_buffers=64MB' start\n";
-
-fn script(parts: &[&str]) -> String {
-    parts.concat().replace("PG/", &format!("{PG}/"))
-}
-
 #[test]
 fn a_database_on_two_volumes_recovers_from_clones_of_a_group_snapshot() {
-    let mut programs = PROGRAMS.to_vec();
-    let initdb = format!("{PG}/initdb");
-    let pgbench = format!("{PG}/pgbench");
-    programs.extend(["/usr/sbin/nbd-client", "mkfs.ext4", &initdb, &pgbench]);
-    if !have(&programs) {
+    if !postgres::is_there() {
         return;
     }
     let network = Network::new(2);
@@ -132,28 +109,21 @@ fn a_database_on_two_volumes_recovers_from_clones_of_a_group_snapshot() {
     let mut node = Node::boot(&network, 1, &cluster.scratch("node1"));
     node.ok(
         &script(&[
-            &attach(["data", "log"], [10809, 10810]),
-            "for i in 0 1; do mkfs.ext4 -q -E nodiscard /dev/nbd$i; done\n\
+            &attach(&[("data", 10809), ("log", 10810)]),
+            "mkdir -p /wal\nfor i in 0 1; do mkfs.ext4 -q -E nodiscard /dev/nbd$i; done\n\
              mount /dev/nbd0 /pg\nmount /dev/nbd1 /wal\nchown postgres /pg /wal\n",
-            AS,
             "as PG/initdb -D /pg/data -X /wal/log -A trust >/dev/null\n",
             START,
-            "as PG/createdb -h /run/postgresql bench\n\
-             as PG/pgbench -h /run/postgresql -i -s 5 -q bench\n\
-             as PG/psql -h /run/postgresql -q bench -c 'create table ledger (n bigint primary key)'\n",
+            &fill(5),
         ]),
         MINUTE * 4,
     );
     node.start(&script(&[
-        AS,
-        "as PG/pgbench -h /run/postgresql -c 4 -j 1 -T 600 --max-tries=1 bench >/dev/null 2>&1 &\n\
-         n=0; while true; do n=$((n+1)); as PG/psql -h /run/postgresql -qc \"insert into ledger values ($n)\" bench && echo $n > /share/committed.tmp && mv /share/committed.tmp /share/committed; done\n",
+        "as PG/pgbench -h /run/postgresql -c 4 -j 1 -T 600 --max-tries=1 bench >/dev/null 2>&1 &\n",
+        COMMITS,
     ]));
-    let file = cluster.scratch("node1").join("committed");
-    let committed = || {
-        let text = std::fs::read_to_string(&file).unwrap_or_default();
-        text.trim().parse::<u64>().unwrap_or(0)
-    };
+    let share = cluster.scratch("node1");
+    let committed = || committed(&share);
     wait_until("some commits", MINUTE, || (committed() >= 20).then_some(()));
     let reported = committed();
     take(&cluster, &["data", "log"], "set");
@@ -168,30 +138,17 @@ fn a_database_on_two_volumes_recovers_from_clones_of_a_group_snapshot() {
     let mut second = Node::boot(&network, 2, &cluster.scratch("node2"));
     let output = second.ok(
         &script(&[
-            &attach(["data2", "log2"], [10811, 10812]),
-            "mount /dev/nbd0 /pg\nmount /dev/nbd1 /wal\nrm -f /pg/data/postmaster.pid\n",
-            AS,
+            &attach(&[("data2", 10811), ("log2", 10812)]),
+            "mkdir -p /wal\nmount /dev/nbd0 /pg\nmount /dev/nbd1 /wal\nrm -f /pg/data/postmaster.pid\n",
             START,
-            "echo highest $(as PG/psql -h /run/postgresql -Atc 'select count(*), max(n) from ledger' bench)\n\
-             as PG/psql -h /run/postgresql -Atc 'select sum(abalance) = (select sum(delta) from pgbench_history) from pgbench_accounts' bench\n\
-             as PG/pg_amcheck -h /run/postgresql --install-missing --heapallindexed bench || echo AMCHECK_FAILED\n",
+            CHECK,
         ]),
         MINUTE * 3,
     );
-    let highest = output.lines().find_map(|l| l.strip_prefix("highest "));
-    let (count, max) = highest
-        .and_then(|h| h.split_once('|'))
-        .unwrap_or_else(|| panic!("{output}"));
-    assert_eq!(count, max, "no hole in the ledger: {output}");
-    let max: u64 = max.trim().parse().unwrap();
+    let max = check(&output);
     assert!(
         (reported..committed()).contains(&max),
         "{reported} commits were reported before the snapshot, {max} are there"
     );
-    assert!(
-        output.lines().any(|l| l.trim() == "t"),
-        "pgbench's balance is wrong: {output}"
-    );
-    assert!(!output.contains("AMCHECK_FAILED"), "{output}");
     println!("{reported} commits reported, {max} there");
 }

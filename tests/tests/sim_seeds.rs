@@ -1,17 +1,17 @@
 //! Whole clusters from seeds: 1,000 of them in `make test`, the same twice gives the same history, and
 //! planted mistakes are found.
 
-use ashlar_tests::sim::run::{self, Options};
+use ashlar_tests::sim::run::{self, Options, Summary};
 
 /// Seeds of the regular run.
 const SEEDS: u64 = 1000;
 /// Threads: `make test` is meant for two cores.
 const THREADS: usize = 2;
 
-#[test]
-fn a_thousand_clusters_keep_every_promise() {
+/// Runs seeds, none of which may fail; `flags` replay them.
+fn all_pass(seeds: u64, options: &Options, flags: &str) -> Summary {
     let mut failures = Vec::new();
-    let summary = run::many(0..SEEDS, THREADS, &Options::default(), |report| {
+    let summary = run::many(0..seeds, THREADS, options, |report| {
         if let Some(failure) = &report.failure {
             failures.push(format!("seed {}: {failure}", report.seed));
         }
@@ -19,9 +19,15 @@ fn a_thousand_clusters_keep_every_promise() {
     });
     assert!(
         failures.is_empty(),
-        "{}\nreplay with: ashlar-sim --verbose --seed N",
+        "{}\nreplay with: ashlar-sim {flags} --verbose --seed N",
         failures.join("\n")
     );
+    summary
+}
+
+#[test]
+fn a_thousand_clusters_keep_every_promise() {
+    let summary = all_pass(SEEDS, &Options::default(), "");
     assert_eq!(summary.seeds, SEEDS);
     assert!(
         summary.answered * 10 > summary.requests * 8,
@@ -35,18 +41,7 @@ fn readers_come_and_go_in_three_hundred_clusters() {
         readers: true,
         ..Options::default()
     };
-    let mut failures = Vec::new();
-    let summary = run::many(0..300, THREADS, &options, |report| {
-        if let Some(failure) = &report.failure {
-            failures.push(format!("seed {}: {failure}", report.seed));
-        }
-        failures.len() < 5
-    });
-    assert!(
-        failures.is_empty(),
-        "{}\nreplay with: ashlar-sim --readers --verbose --seed N",
-        failures.join("\n")
-    );
+    let summary = all_pass(300, &options, "--readers");
     assert!(summary.answered * 10 > summary.requests * 7, "{summary:?}");
 }
 
@@ -56,18 +51,7 @@ fn snapshots_are_taken_in_eight_hundred_clusters() {
         snapshots: true,
         ..Options::default()
     };
-    let mut failures = Vec::new();
-    let summary = run::many(0..800, THREADS, &options, |report| {
-        if let Some(failure) = &report.failure {
-            failures.push(format!("seed {}: {failure}", report.seed));
-        }
-        failures.len() < 5
-    });
-    assert!(
-        failures.is_empty(),
-        "{}\nreplay with: ashlar-sim --snapshots --verbose --seed N",
-        failures.join("\n")
-    );
+    let summary = all_pass(800, &options, "--snapshots");
     assert!(
         summary.snapshots > 1600 && summary.resizes > 500,
         "{summary:?}"
@@ -81,18 +65,7 @@ fn twelve_hundred_clones_inherit_what_they_should_and_nothing_else() {
         clones: true,
         ..Options::default()
     };
-    let mut failures = Vec::new();
-    let summary = run::many(0..1200, THREADS, &options, |report| {
-        if let Some(failure) = &report.failure {
-            failures.push(format!("seed {}: {failure}", report.seed));
-        }
-        failures.len() < 5
-    });
-    assert!(
-        failures.is_empty(),
-        "{}\nreplay with: ashlar-sim --snapshots --clones --verbose --seed N",
-        failures.join("\n")
-    );
+    let summary = all_pass(1200, &options, "--snapshots --clones");
     assert!(
         summary.snapshots > 1800 && summary.resizes > 700,
         "{summary:?}"

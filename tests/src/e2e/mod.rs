@@ -10,6 +10,7 @@ pub mod csi;
 mod export;
 pub mod exposition;
 mod nbd;
+pub mod postgres;
 mod s3;
 mod tools;
 pub mod uml;

@@ -2,7 +2,9 @@
 
 use pb::create_volume_request::Source;
 
-use super::snapshots::{beat, create_snapshots, hold, item, opened, snapshots, take, used};
+use super::snapshots::{
+    beat, create_snapshots, hold, item, make_replicas, opened, snapshots, take, used,
+};
 use super::*;
 
 type Client = MetadataClient<Channel>;
@@ -140,21 +142,7 @@ async fn a_clone_is_cut_off_when_every_disk_says_that_it_inherits_nothing() {
 async fn used_again(client: &mut Client, volume: &pb::Volume) {
     let granted = client.open_volume(open(volume, 1)).await.unwrap();
     let volume = granted.into_inner().volume.unwrap();
-    let made = volume.groups[0].replicas.iter().map(|r| pb::ReplicaChange {
-        group: 0,
-        disk_id: r.disk_id.clone(),
-        state: pb::ReplicaState::InSync.into(),
-        incarnation: 1,
-    });
-    let change = pb::ChangeReplicasRequest {
-        request_id: request(),
-        volume_id: volume.volume_id.clone(),
-        client_id: id(1),
-        epoch: volume.epoch,
-        changes: made.collect(),
-    };
-    let changed = client.change_replicas(change).await.unwrap().into_inner();
-    assert!(changed.applied && changed.volume.unwrap().opened_once);
+    assert!(make_replicas(client, &volume).await.opened_once);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -290,9 +290,8 @@ async fn set_layers(client: &mut Client, beat: pb::HeartbeatRequest) -> Vec<pb::
     answer.into_inner().set_layers
 }
 
-/// A volume that was opened, with its replicas made, and closed.
-pub(super) async fn used(client: &mut Client, name: &str) -> pb::Volume {
-    let volume = opened(client, name, 1).await;
+/// The holder says that it has made the replicas.
+pub(super) async fn make_replicas(client: &mut Client, volume: &pb::Volume) -> pb::Volume {
     let made = volume.groups[0].replicas.iter().map(|r| pb::ReplicaChange {
         group: 0,
         disk_id: r.disk_id.clone(),
@@ -308,11 +307,18 @@ pub(super) async fn used(client: &mut Client, name: &str) -> pb::Volume {
     };
     let changed = client.change_replicas(change).await.unwrap().into_inner();
     assert!(changed.applied, "{}", changed.reason);
+    changed.volume.unwrap()
+}
+
+/// A volume that was opened, with its replicas made, and closed.
+pub(super) async fn used(client: &mut Client, name: &str) -> pb::Volume {
+    let volume = opened(client, name, 1).await;
+    let made = make_replicas(client, &volume).await;
     let close = pb::CloseVolumeRequest {
         request_id: request(),
         volume_id: volume.volume_id.clone(),
         client_id: id(1),
-        epoch: changed.volume.unwrap().epoch,
+        epoch: made.epoch,
         clean: true,
     };
     client.close_volume(close).await.unwrap().into_inner()
