@@ -131,15 +131,9 @@ impl Revert {
         let again = self.begin(host).await?;
         let volume = host
             .open(OpenSpec {
-                volume: self.volume,
-                name: self.name.clone(),
-                endpoint: Endpoint::Given,
-                read_only: false,
                 force: again,
-                node: Default::default(),
-                first_open: false,
-                snapshot: None,
                 revert: true,
+                ..OpenSpec::new(self.volume, self.name.clone(), Endpoint::Given)
             })
             .await;
         let copied = match serving(&volume, "the volume").await {

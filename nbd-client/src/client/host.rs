@@ -76,6 +76,23 @@ pub struct OpenSpec {
     pub revert: bool,
 }
 
+impl OpenSpec {
+    /// To hold a volume whose replicas are made, for nobody in particular.
+    pub fn new(volume: VolumeId, name: String, endpoint: Endpoint) -> Self {
+        Self {
+            volume,
+            name,
+            endpoint,
+            read_only: false,
+            force: false,
+            node: NodeId::NIL,
+            first_open: false,
+            snapshot: None,
+            revert: false,
+        }
+    }
+}
+
 /// A snapshot to read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SnapshotSpec {

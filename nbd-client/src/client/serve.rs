@@ -214,15 +214,11 @@ async fn find_volumes(
         let volume = VolumeId::from_slice(&found.volume_id)
             .ok_or_else(|| ServeError::Malformed(format!("volume {:?} has no id", spec.name)))?;
         specs.push(OpenSpec {
-            volume,
-            name: spec.name.clone(),
-            endpoint: spec.endpoint.clone(),
             read_only: config.read_only,
             force: config.force,
             node,
             first_open: !found.opened_once,
-            snapshot: None,
-            revert: false,
+            ..OpenSpec::new(volume, spec.name.clone(), spec.endpoint.clone())
         });
     }
     Ok(specs)

@@ -46,15 +46,9 @@ impl OpenSpec {
         if !volume.opened_once {
             return Err(Unreadable::NeverOpened);
         }
+        let id = VolumeId::from_slice(&volume.volume_id).ok_or_else(malformed)?;
         Ok(Self {
-            volume: VolumeId::from_slice(&volume.volume_id).ok_or_else(malformed)?,
-            name: snapshot.name.clone(),
-            endpoint,
             read_only: true,
-            force: false,
-            node: Default::default(),
-            first_open: false,
-            revert: false,
             snapshot: Some(SnapshotSpec {
                 id: SnapshotId::from_slice(&snapshot.snapshot_id).ok_or_else(malformed)?,
                 source: SnapshotSource {
@@ -62,6 +56,7 @@ impl OpenSpec {
                     size_bytes: snapshot.size_bytes,
                 },
             }),
+            ..Self::new(id, snapshot.name.clone(), endpoint)
         })
     }
 }

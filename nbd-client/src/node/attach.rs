@@ -210,15 +210,11 @@ impl Attachments {
             .shared
             .host
             .open(OpenSpec {
-                volume: claim.volume,
-                name: volume.name.clone(),
-                endpoint: self.endpoint(&record),
                 read_only: request.read_only,
                 force: request.force,
                 node,
                 first_open: !volume.opened_once,
-                snapshot: None,
-                revert: false,
+                ..OpenSpec::new(claim.volume, volume.name.clone(), self.endpoint(&record))
             })
             .await;
         claim.set(Attachment {

@@ -240,16 +240,12 @@ impl Attachments {
             Verdict::Open { first_open } => first_open,
             Verdict::Lost(why) => return Ok(Err(why)),
         };
+        let endpoint = self.endpoint(&present.record);
         let spec = OpenSpec {
-            volume,
-            name: found.name.clone(),
-            endpoint: self.endpoint(&present.record),
             read_only: present.record.read_only,
-            force: false,
             node: self.node().await?,
             first_open,
-            snapshot: None,
-            revert: false,
+            ..OpenSpec::new(volume, found.name.clone(), endpoint)
         };
         let hosted = self.shared.host.open(spec).await;
         self.shared

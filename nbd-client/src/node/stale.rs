@@ -117,15 +117,10 @@ impl Attachments {
             Verdict::Lost(_) => return Ok(()),
         };
         let spec = OpenSpec {
-            volume: record.volume_id,
-            name: found.name.clone(),
-            endpoint: Endpoint::Given,
             read_only: record.read_only,
-            force: false,
             node: self.node().await?,
             first_open,
-            snapshot: None,
-            revert: false,
+            ..OpenSpec::new(record.volume_id, found.name.clone(), Endpoint::Given)
         };
         let hosted = self.shared.host.open(spec).await;
         let served = wait_served(&hosted, OPEN_TIMEOUT).await;
