@@ -3,7 +3,8 @@
 //! Invariants:
 //! - From `BeginRevert` to `EndRevert` nobody else opens the volume, whatever becomes of this process. Carried out again, it goes
 //!   on with what still differs; that it copies some of it twice does no harm.
-//! - `EndRevert` comes after everything was copied and flushed, under the epoch of the holder that did it.
+//! - `EndRevert` comes after everything was copied and flushed and the volume was closed, under the epoch of that close. Before it
+//!   the same command takes the volume over; after it nobody holds the volume: a process that dies leaves nothing for people to mend.
 //! - The copy is a write like any other: replicated, versioned, and part of the next difference.
 
 use std::time::Duration;
@@ -12,7 +13,7 @@ use ashlar_platform::random;
 use ashlar_proto::ids::{ClientId, SnapshotId, VolumeId};
 use ashlar_proto::rpc::metadata as pb;
 use tokio::task::JoinSet;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use crate::client::{
     BadAddress, Ended, Endpoint, Host, HostConfig, HostError, HostedVolume, OpenSpec, Phase,
@@ -27,8 +28,6 @@ const PIECE_BYTES: u64 = 1 << 20;
 const COPIES_MAX: usize = 8;
 /// Time for volume and snapshot to be open: as long as a reconciliation may take.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
-/// Times that the end is asked for, each under the epoch of that moment.
-const END_ATTEMPTS: u32 = 5;
 
 /// Why a volume is not what the snapshot shows.
 #[derive(Debug, thiserror::Error)]
@@ -140,19 +139,17 @@ impl Revert {
             Ok(()) => self.copy_back(reader, &volume, lists, progress).await,
             Err(error) => return Err(error),
         };
-        let done = match copied {
-            Ok(done) => self.end(host, client).await.map(|()| done),
-            Err(error) => Err(error),
-        };
         volume.close().await;
-        match volume.ended().await {
-            Ended::Closed { .. } => done,
-            // What went wrong first says more.
-            ended => done.and(Err(RevertError::Ended {
+        let ended = volume.ended().await;
+        // What went wrong first says more.
+        let done = copied?;
+        let Ended::Closed { epoch } = ended else {
+            return Err(RevertError::Ended {
                 what: "the volume",
                 why: ended.to_string(),
-            })),
-        }
+            });
+        };
+        self.end(host, client, epoch).await.map(|()| done)
     }
 
     /// True: it was begun before. Whoever did that has the volume perhaps, and is dead or does the same: it is taken over.
@@ -185,32 +182,20 @@ impl Revert {
         found.await.map_err(refused)
     }
 
-    /// The epoch may have changed since the open, and may change again.
-    async fn end(&self, host: &Host, client: ClientId) -> Result<(), RevertError> {
-        let mut attempt = 1;
-        loop {
-            let epoch = self.volume(host).await?.epoch;
-            let request = pb::EndRevertRequest {
-                request_id: random::bytes::<16>().to_vec(),
-                volume_id: self.volume.to_vec(),
-                snapshot_id: self.snapshot.to_vec(),
-                client_id: client.to_vec(),
-                epoch,
-            };
-            let ended = host.members().ask("EndRevert", |mut c| {
-                let request = request.clone();
-                async move { c.end_revert(request).await }
-            });
-            match ended.await {
-                Ok(_) => return Ok(()),
-                Err(status)
-                    if status.code() == Code::FailedPrecondition && attempt < END_ATTEMPTS =>
-                {
-                    attempt += 1;
-                }
-                Err(status) => return Err(refused(status)),
-            }
-        }
+    /// Refused if somebody opened the volume since the close in `epoch`.
+    async fn end(&self, host: &Host, client: ClientId, epoch: u64) -> Result<(), RevertError> {
+        let request = pb::EndRevertRequest {
+            request_id: random::bytes::<16>().to_vec(),
+            volume_id: self.volume.to_vec(),
+            snapshot_id: self.snapshot.to_vec(),
+            client_id: client.to_vec(),
+            epoch,
+        };
+        let ended = host.members().ask("EndRevert", |mut c| {
+            let request = request.clone();
+            async move { c.end_revert(request).await }
+        });
+        ended.await.map(|_| ()).map_err(refused)
     }
 
     async fn copy_back(

@@ -4,6 +4,8 @@
 //! - From the begin to the end only a holder that says that it reverts gets the volume, and nobody reads it: its content is
 //!   neither what it was nor what the snapshot shows.
 //! - The snapshot stays meanwhile, and no other one is taken. Deleting the volume ends the matter.
+//! - The end is told by the holder, or after its close under the same epoch: then nobody holds a volume that no longer has to be
+//!   finished, whenever the process that reverts it dies.
 //! - What the holder writes is written as anything else is; metadata only remember that it has to be finished.
 
 use ashlar_proto::ids::{ClientId, Epoch, SnapshotId, VolumeId};
@@ -85,7 +87,9 @@ impl State {
         epoch: Epoch,
     ) -> Response {
         let volume = self.require_volume(id)?.clone();
-        if !volume.is_current(client, epoch) {
+        // Closing leaves the epoch as it is, and nobody wrote since.
+        let closed = volume.holder.is_none() && volume.epoch == epoch;
+        if !closed && !volume.is_current(client, epoch) {
             return Err(not_current(&volume, client, epoch));
         }
         match volume.reverting {

@@ -153,7 +153,7 @@ pub enum Operation {
     },
     /// Grants a new epoch of a volume that is being reverted.
     OpenToRevert(OpenVolume),
-    /// The holder says that the volume is what the snapshot shows.
+    /// The holder, or who closed it last, says that the volume is what the snapshot shows.
     EndRevert {
         /// The volume.
         volume: VolumeId,

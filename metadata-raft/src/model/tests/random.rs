@@ -128,7 +128,7 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
             Operation::EndRevert {
                 volume: VOLUME,
                 snapshot: volume.reverting?,
-                client: volume.holder.as_ref()?.client,
+                client: volume.holder.as_ref().map_or(client(1), |h| h.client),
                 epoch: volume.epoch,
             }
         }

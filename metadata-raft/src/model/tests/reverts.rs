@@ -76,6 +76,25 @@ fn only_who_reverts_opens_until_it_is_done() {
 }
 
 #[test]
+fn the_end_is_told_after_the_close_and_not_after_another_open() {
+    let mut m = used();
+    m.ok(begin_revert(1));
+    m.ok(open_to_revert(1));
+    let epoch = m.volume().epoch.0;
+    m.ok(close(1, epoch, true));
+    // Nobody holds it and it is not finished: the same command takes it again.
+    m.ok(open_to_revert(2));
+    let again = m.volume().epoch.0;
+    assert_eq!(m.refused(end_revert(1, 1, epoch)), FailedPrecondition);
+    m.ok(close(2, again, true));
+    assert_eq!(m.refused(end_revert(1, 1, epoch)), FailedPrecondition);
+    assert_eq!(m.refused(end_revert(2, 2, again)), FailedPrecondition);
+    m.ok(end_revert(1, 2, again));
+    assert_eq!(m.volume().reverting, None);
+    m.open(3, false).unwrap();
+}
+
+#[test]
 fn one_that_broke_off_begins_again_with_any_snapshot() {
     let mut m = used();
     m.ok(begin_revert(1));
