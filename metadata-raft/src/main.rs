@@ -39,6 +39,9 @@ struct Arguments {
     /// Members of an existing cluster to join: HOST:PORT,...
     #[arg(long, value_delimiter = ',')]
     join: Vec<String>,
+    /// Seconds without a node after which the replicas on its disks get others.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    replace_after: u64,
     /// Address of the HTTP server for /metrics, /healthz and /readyz; none without it.
     #[arg(long, value_name = "IP:PORT")]
     metrics: Option<SocketAddr>,
@@ -94,6 +97,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         data: arguments.data,
         bootstrap: arguments.bootstrap.into_iter().collect::<BTreeMap<_, _>>(),
         join: arguments.join,
+        replace_after: Duration::from_secs(arguments.replace_after),
         tuning: Tuning::default(),
     })
     .await?;

@@ -13,7 +13,7 @@ use ashlar_proto::rpc::daemon::storage_daemon_server::StorageDaemonServer;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use storage_daemon::config::{DataListen, DiscardPolicy, NodeFile, ServeConfig, parse_label};
 use storage_daemon::daemon::Daemon;
-use storage_daemon::rpc::{AdminService, MetadataAccess, observe, register_and_report};
+use storage_daemon::rpc::{AdminService, Care, MetadataAccess, observe, register_and_report};
 use storage_daemon::{check, inspect, metrics, offline};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -314,7 +314,13 @@ async fn run(config: ServeConfig, observed_at: Option<SocketAddr>) -> anyhow::Re
     );
 
     daemon.serve_all().await?;
-    let reporter = tokio::spawn(register_and_report(Arc::clone(&daemon)));
+    let care = Care::new(
+        daemon.config().metadata.clone(),
+        daemon.node(),
+        daemon.config().local_sockets.clone(),
+    );
+    let care = Arc::new(tokio::sync::Mutex::new(care));
+    let reporter = tokio::spawn(register_and_report(Arc::clone(&daemon), Arc::clone(&care)));
     let ended = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
@@ -322,6 +328,7 @@ async fn run(config: ServeConfig, observed_at: Option<SocketAddr>) -> anyhow::Re
     };
     tracing::info!("stopping");
     reporter.abort();
+    care.lock().await.shut_down().await;
     daemon.stop_all().await;
     stop.send_replace(true);
     match ended {

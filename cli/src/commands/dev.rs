@@ -78,6 +78,9 @@ pub struct UpArgs {
     /// Address to listen on: without TLS, so only where nobody else can reach it [default: 127.0.0.1]
     #[arg(long)]
     address: Option<IpAddr>,
+    /// Seconds without a daemon after which its replicas get others [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    replace_after: Option<u64>,
     /// Write all of each new disk file first: as on a used disk, and for measurements
     #[arg(long)]
     preallocate: bool,
@@ -100,6 +103,7 @@ impl UpArgs {
             base_port: self.base_port.unwrap_or(0),
             address: self.address.unwrap_or(Ipv4Addr::LOCALHOST.into()),
             metrics: true,
+            replace_after_seconds: self.replace_after,
         };
         if spec.members.is_multiple_of(2) {
             return Err(CliError::usage("a Raft cluster has 1, 3 or 5 members"));
@@ -148,6 +152,11 @@ impl UpArgs {
             (
                 "--base-port",
                 self.base_port.is_some_and(|v| v != existing.base_port),
+            ),
+            (
+                "--replace-after",
+                self.replace_after
+                    .is_some_and(|v| Some(v) != existing.replace_after_seconds),
             ),
             (
                 "--address",

@@ -263,6 +263,7 @@ fn mode_name(mode: pb::AttachMode) -> &'static str {
     match mode {
         pb::AttachMode::Shared => "shared",
         pb::AttachMode::ReadOnly => "read-only",
+        pb::AttachMode::Care => "care",
         pb::AttachMode::Exclusive | pb::AttachMode::Unspecified => "exclusive",
     }
 }

@@ -144,7 +144,7 @@ impl DevCluster {
             .enumerate()
             .map(|(i, address)| format!("{}={address}", i + 1))
             .collect();
-        vec![
+        let mut arguments = vec![
             "--id".into(),
             member.to_string(),
             "--listen".into(),
@@ -156,7 +156,11 @@ impl DevCluster {
                 .to_string(),
             "--bootstrap".into(),
             bootstrap.join(","),
-        ]
+        ];
+        if let Some(seconds) = spec.replace_after_seconds {
+            arguments.extend(["--replace-after".to_owned(), seconds.to_string()]);
+        }
+        arguments
     }
 
     fn daemon_arguments(&self, daemon: u32) -> Result<Vec<String>> {

@@ -41,6 +41,9 @@ pub struct Spec {
     /// Whether the processes serve metrics; clusters made before they did have no ports for it.
     #[serde(default)]
     pub metrics: bool,
+    /// Seconds without a daemon after which its replicas get others; `None`: as metadata members do by themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replace_after_seconds: Option<u64>,
 }
 
 fn loopback() -> IpAddr {
@@ -251,6 +254,7 @@ mod tests {
             base_port: 21000,
             address: loopback(),
             metrics: true,
+            replace_after_seconds: None,
         }
     }
 

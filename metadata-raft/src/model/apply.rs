@@ -1,6 +1,7 @@
 //! Dispatch of commands, and those about the cluster, nodes, disks and pools.
 
 use super::answers::Remembered;
+use super::apply_volume::Purpose;
 use super::cluster::{Disk, Node, Pool, PoolSpec};
 use super::command::{Answer, Command, Operation, Refusal, Response};
 use super::{Change, State, validate};
@@ -83,6 +84,7 @@ impl Operation {
             Self::PauseSchedule { .. } => 35,
             Self::DeleteSchedule(_) => 36,
             Self::RecordRun { .. } => 37,
+            Self::OpenToCare(_) => 38,
         }
     }
 
@@ -119,8 +121,9 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         Operation::CreateVolume(create) => state.create_volume(create),
         Operation::ResizeVolume { volume, size_bytes } => state.resize_volume(*volume, *size_bytes),
         Operation::DeleteVolume(volume) => state.delete_volume(*volume),
-        Operation::OpenVolume(open) => state.open_volume(open, false),
-        Operation::OpenToRevert(open) => state.open_volume(open, true),
+        Operation::OpenVolume(open) => state.open_volume(open, Purpose::Use),
+        Operation::OpenToRevert(open) => state.open_volume(open, Purpose::Revert),
+        Operation::OpenToCare(open) => state.open_volume(open, Purpose::Care),
         Operation::CloseVolume {
             volume,
             client,

@@ -110,7 +110,7 @@ impl State {
         if volume.is_moving() && !volume.hidden {
             return Err(Refusal::precondition(format!(
                 "a replica of volume {} is being moved to another disk; make the clone when that is done (`ashlar volume \
-                 show {}`; a detached volume must be attached for it)",
+                 show {}`)",
                 volume.name, volume.name
             )));
         }
@@ -306,7 +306,10 @@ impl State {
     }
 
     /// C6: a parent's replica stays where its clones may inherit from it.
-    pub(super) fn check_may_leave(&self, volume: &Volume, disk: DiskId) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    /// The refusal, which names them.
+    pub fn check_may_leave(&self, volume: &Volume, disk: DiskId) -> Result<(), Refusal> {
         let clones = self.clones_of(volume.id, None);
         let clones = clones.filter_map(|id| self.volume(id));
         let names: Vec<_> = clones

@@ -254,7 +254,7 @@ impl State {
 
 fn mode_text(mode: AttachMode) -> &'static str {
     match mode {
-        AttachMode::Exclusive => "exclusively",
+        AttachMode::Exclusive | AttachMode::Care => "exclusively",
         AttachMode::ReadOnly => "read-only",
     }
 }

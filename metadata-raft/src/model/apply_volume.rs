@@ -14,6 +14,17 @@ use super::command::{Answer, CreateVolume, OpenVolume, Refusal, Response};
 use super::volume::{AttachMode, Attachment, Replica, Volume, share_bytes};
 use super::{State, validate};
 
+/// What a volume is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    /// By a client that uses it.
+    Use,
+    /// To bring it back to a snapshot.
+    Revert,
+    /// By a storage daemon, so that replicas can be rebuilt while nobody uses it.
+    Care,
+}
+
 impl State {
     pub(super) fn require_volume(&self, id: VolumeId) -> Result<&Arc<Volume>, Refusal> {
         let volume = self.volumes.get(&id).ok_or_else(|| {
@@ -222,7 +233,7 @@ impl State {
         self.remove_or_hide(&volume)
     }
 
-    pub(super) fn open_volume(&mut self, open: &OpenVolume, to_revert: bool) -> Response {
+    pub(super) fn open_volume(&mut self, open: &OpenVolume, purpose: Purpose) -> Response {
         validate::text("client_name", &open.client_name)?;
         if open.client.is_nil() {
             return Err(Refusal::invalid("client_id: must not be zero"));
@@ -230,13 +241,20 @@ impl State {
         let volume = self.require_volume(open.volume)?;
         self.check_published(volume, open.node)?;
         self.check_may_write(volume, open.node)?;
-        self.check_reverting(volume, to_revert)?;
+        self.check_reverting(volume, purpose == Purpose::Revert)?;
+        let in_the_way = |a: &&Attachment| a.client != open.client && a.mode != AttachMode::Care;
         let mut users = volume.holder.iter().chain(&volume.readers);
-        if let Some(other) = users.find(|a| a.client != open.client)
+        if purpose == Purpose::Care && !volume.needs_care() {
+            return Err(Refusal::precondition(format!(
+                "volume {} is used, or complete: nobody has to care for it",
+                volume.name
+            )));
+        }
+        if let Some(other) = users.find(in_the_way)
             && !open.force
         {
             let how = match other.mode {
-                AttachMode::Exclusive => "attached",
+                AttachMode::Exclusive | AttachMode::Care => "attached",
                 AttachMode::ReadOnly => "attached read-only",
             };
             return Err(Refusal::precondition(format!(
@@ -260,7 +278,10 @@ impl State {
             client: open.client,
             node: open.node,
             client_name: open.client_name.clone(),
-            mode: AttachMode::Exclusive,
+            mode: match purpose {
+                Purpose::Use | Purpose::Revert => AttachMode::Exclusive,
+                Purpose::Care => AttachMode::Care,
+            },
             epoch: next.epoch,
         });
         next.clean = false;

@@ -204,6 +204,8 @@ pub enum Operation {
         /// The run.
         run: Run,
     },
+    /// Grants a new epoch to a storage daemon that holds the volume so that it can be rebuilt ([`Volume::needs_care`]).
+    OpenToCare(OpenVolume),
 }
 
 /// See [`Operation::CloneVolume`].

@@ -275,7 +275,7 @@ fn check_readers(volume: &Volume) -> Check {
     )?;
     let holds = volume.holder.as_ref().map(|h| h.mode);
     require(
-        holds.is_none_or(|mode| mode == AttachMode::Exclusive),
+        holds.is_none_or(|mode| mode != AttachMode::ReadOnly),
         "a holder that only reads",
     )?;
     for (i, reader) in volume.readers.iter().enumerate() {
@@ -301,6 +301,7 @@ pub fn check_state(state: &State) -> Check {
     let mut repairable = BTreeSet::new();
     let mut layered = BTreeSet::new();
     let mut children = BTreeSet::new();
+    let mut neglected = BTreeSet::new();
     let mut rebuilding = 0;
     for (id, volume) in &state.volumes {
         require(*id == volume.id, "volume under another id")?;
@@ -317,6 +318,7 @@ pub fn check_state(state: &State) -> Check {
             "volume without pool",
         )?;
         children.extend(volume.parent.map(|p| (p, *id)));
+        neglected.extend(volume.needs_care().then_some(*id));
         let pool = pool_use.entry(volume.pool).or_default();
         pool.volumes += 1;
         for (_, replica) in volume.all_replicas() {
@@ -364,6 +366,10 @@ pub fn check_state(state: &State) -> Check {
     )?;
     require(layered == state.layered, "index of layered replicas")?;
     require(children == state.children, "index of clones")?;
+    require(
+        neglected == state.neglected,
+        "index of volumes that need care",
+    )?;
     require(
         state
             .flatten_policies

@@ -115,6 +115,8 @@ pub struct State {
     node_disks: BTreeSet<(NodeId, DiskId)>,
     /// Stale replicas of attached volumes: what the repair loop looks at.
     repairable: BTreeSet<(DiskId, VolumeId)>,
+    /// Volumes that somebody has to hold so that they can be rebuilt.
+    neglected: BTreeSet<VolumeId>,
     /// Replicas of volumes that have (or had) snapshots: what layer lists are sent to.
     layered: BTreeSet<(DiskId, VolumeId)>,
     /// Clones by what they inherit from.
@@ -225,6 +227,11 @@ impl State {
     /// Attached volumes with a stale replica on a disk.
     pub fn repairable_on(&self, disk: DiskId) -> impl Iterator<Item = VolumeId> {
         range_of(&self.repairable, disk)
+    }
+
+    /// Volumes that somebody has to hold so that they can be rebuilt, in the order of identities.
+    pub fn neglected(&self) -> impl Iterator<Item = VolumeId> {
+        self.neglected.iter().copied()
     }
 
     /// Whether any attached volume has a stale replica.
@@ -396,6 +403,9 @@ impl State {
         }
         if let Some(parent) = volume.parent {
             set(&mut self.children, (parent, volume.id), add);
+        }
+        if volume.needs_care() {
+            set(&mut self.neglected, volume.id, add);
         }
         if volume.hidden {
             return;

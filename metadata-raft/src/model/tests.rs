@@ -8,6 +8,7 @@ use ashlar_proto::ids::{
 
 use super::*;
 
+mod care;
 mod clones;
 mod publications;
 mod random;

@@ -143,6 +143,7 @@ fn attach_mode(mode: AttachMode) -> pb::AttachMode {
     match mode {
         AttachMode::Exclusive => pb::AttachMode::Exclusive,
         AttachMode::ReadOnly => pb::AttachMode::ReadOnly,
+        AttachMode::Care => pb::AttachMode::Care,
     }
 }
 

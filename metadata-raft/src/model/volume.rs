@@ -91,6 +91,8 @@ pub enum AttachMode {
     Exclusive,
     /// Only reads, beside any number of others.
     ReadOnly,
+    /// Held by a storage daemon so that replicas can be rebuilt while nobody uses it; it goes when somebody does.
+    Care,
 }
 
 /// How far a node came with making a file system.
@@ -233,6 +235,24 @@ impl Volume {
     pub fn inherits_on(&self, disk: DiskId) -> bool {
         self.all_replicas()
             .any(|(_, r)| r.disk == disk && r.inherits)
+    }
+
+    /// Whether a storage daemon holds it because nobody else does.
+    pub fn is_in_care(&self) -> bool {
+        self.holder
+            .as_ref()
+            .is_some_and(|h| h.mode == AttachMode::Care)
+    }
+
+    /// Whether something of it is to be rebuilt and somebody has to hold it for that, as nobody uses it or is about to. What was
+    /// never opened has nothing to rebuild, and who opens it first is to know that.
+    pub fn needs_care(&self) -> bool {
+        let unused = (self.holder.is_none() || self.is_in_care())
+            && self.readers.is_empty()
+            && self.publications.is_empty();
+        let quiet = !self.hidden && self.reverting.is_none();
+        let behind = |(_, r): (usize, &Replica)| r.state != ReplicaState::InSync;
+        unused && quiet && self.opened_once && self.all_replicas().any(behind)
     }
 
     /// Whether `client` holds the volume and `epoch` is current (R0).

@@ -3,6 +3,8 @@
 //! Architecture invariant: a planner changes nothing; it returns commands, which apply checks again
 //! against the state that they meet. A crash at any point is harmless.
 
+pub mod care;
+pub mod heal;
 pub mod placement;
 pub mod repair;
 

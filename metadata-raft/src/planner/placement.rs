@@ -172,12 +172,16 @@ fn choose(
         .map(|(index, _)| index)
 }
 
+/// Bytes that were placed on disks but are not in the state yet.
+pub type Planned = BTreeMap<DiskId, u64>;
+
 /// Chooses the disk to which a volume's replica moves.
 pub fn place_move(
     state: &State,
     view: &dyn DiskView,
     volume: &Volume,
     from: DiskId,
+    planned: &Planned,
 ) -> Result<DiskId, Refusal> {
     let pool = state
         .pool(volume.pool)
@@ -198,6 +202,10 @@ pub fn place_move(
     }
     let mut candidates = candidates(state, view, &pool.spec);
     candidates.retain(|c| !present.contains_key(&c.disk.id));
+    for candidate in &mut candidates {
+        let more = planned.get(&candidate.disk.id).copied().unwrap_or(0);
+        candidate.provisioned = candidate.provisioned.saturating_add(more);
+    }
     choose(&candidates, &taken, volume.share_bytes(), None).map(|index| candidates[index].disk.id).ok_or_else(|| {
         Refusal::exhausted(format!(
             "no living disk of pool {} outside of the other replicas' failure domains has room; add one, or name one with \

@@ -1,16 +1,15 @@
 //! Which stale replicas start to be rebuilt now.
 //!
-//! A stale replica of an attached volume is rebuilt as soon as its disk is alive, within the caps; all
-//! such replicas of a volume begin in one command, because each new epoch restarts the volume's other
-//! rebuilds (R7). Volumes without a holder are left alone: their rebuild needs somebody who holds them;
-//! [`RepairPlan::detached`] is where that would hook in.
+//! A stale replica of an attached volume is rebuilt as soon as its disk is alive, within the caps, volumes with the fewest good
+//! copies first; all such replicas of a volume begin in one command, because each new epoch restarts the volume's other rebuilds
+//! (R7). Volumes without a holder are left alone: their rebuild needs somebody who holds them (`care`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_proto::ids::{DiskId, GroupIndex, ReplicaState, VolumeId};
 
 use super::DiskView;
-use crate::model::{Operation, State};
+use crate::model::{Operation, Replica, State, Volume};
 
 /// Rebuilds at a time.
 #[derive(Clone, Copy, Debug)]
@@ -40,8 +39,6 @@ pub struct RepairPlan {
     pub operations: Vec<Operation>,
     /// The replicas that they are about, for the back-off.
     pub begun: Vec<(VolumeId, DiskId)>,
-    /// Volumes without holder that would need a daemon to hold them: always empty in this version.
-    pub detached: Vec<VolumeId>,
 }
 
 /// Plans one round. `ready` says whether a replica's back-off is over.
@@ -53,42 +50,58 @@ pub fn plan(
 ) -> RepairPlan {
     let mut budget = caps.cluster.saturating_sub(state.rebuilding());
     let mut per_disk = BTreeMap::<DiskId, u32>::new();
-    let mut seen = BTreeSet::new();
     let mut plan = RepairPlan::default();
+    if budget == 0 {
+        return plan;
+    }
+    let mut waiting = BTreeSet::new();
     for disk in state.disks().filter(|d| view.alive(d.id)) {
-        for id in state.repairable_on(disk.id).take(VOLUMES_PER_DISK_MAX) {
-            if budget == 0 {
-                return plan;
+        let volumes = state.repairable_on(disk.id).take(VOLUMES_PER_DISK_MAX);
+        waiting.extend(volumes.filter_map(|id| Some((good_copies(state.volume(id)?, view), id))));
+    }
+    for (_, id) in waiting {
+        if budget == 0 {
+            break;
+        }
+        let Some(volume) = state.volume(id) else {
+            continue;
+        };
+        let mut replicas = Vec::new();
+        for (group, replica) in volume.all_replicas() {
+            let wanted = replica.state == ReplicaState::Stale
+                && view.alive(replica.disk)
+                && ready(id, replica.disk);
+            let planned = per_disk
+                .entry(replica.disk)
+                .or_insert_with(|| state.disk_use(replica.disk).rebuilding);
+            if wanted && budget > 0 && *planned < caps.disk {
+                *planned += 1;
+                budget -= 1;
+                replicas.push((
+                    GroupIndex(u32::try_from(group).unwrap_or(u32::MAX)),
+                    replica.disk,
+                ));
+                plan.begun.push((id, replica.disk));
             }
-            let Some(volume) = state.volume(id).filter(|_| seen.insert(id)) else {
-                continue;
-            };
-            let mut replicas = Vec::new();
-            for (group, replica) in volume.all_replicas() {
-                let wanted = replica.state == ReplicaState::Stale
-                    && view.alive(replica.disk)
-                    && ready(id, replica.disk);
-                let planned = per_disk
-                    .entry(replica.disk)
-                    .or_insert_with(|| state.disk_use(replica.disk).rebuilding);
-                if wanted && budget > 0 && *planned < caps.disk {
-                    *planned += 1;
-                    budget -= 1;
-                    replicas.push((
-                        GroupIndex(u32::try_from(group).unwrap_or(u32::MAX)),
-                        replica.disk,
-                    ));
-                    plan.begun.push((id, replica.disk));
-                }
-            }
-            if !replicas.is_empty() {
-                plan.operations.push(Operation::BeginRebuild {
-                    volume: id,
-                    epoch: volume.epoch,
-                    replicas,
-                });
-            }
+        }
+        if !replicas.is_empty() {
+            plan.operations.push(Operation::BeginRebuild {
+                volume: id,
+                epoch: volume.epoch,
+                replicas,
+            });
         }
     }
     plan
+}
+
+/// Living replicas in sync of the volume's worst group among those that a rebuild helps.
+fn good_copies(volume: &Volume, view: &dyn DiskView) -> usize {
+    let stale = |r: &Replica| r.state == ReplicaState::Stale;
+    let groups = volume.groups.iter().filter(|g| g.iter().any(stale));
+    let good = groups.map(|g| {
+        let good = |r: &&Replica| r.state == ReplicaState::InSync && view.alive(r.disk);
+        g.iter().filter(good).count()
+    });
+    good.min().unwrap_or(0)
 }

@@ -7,8 +7,9 @@ use ashlar_proto::ids::{
 };
 
 use super::DiskView;
-use super::placement::{Wish, group_count, place, place_move};
+use super::placement::{Planned, Wish, group_count, place, place_move};
 use super::repair::{Caps, plan};
+use super::{care, heal};
 use crate::model::{
     ChangeReplicas, Command, CreateVolume, Disk, FailureDomain, Labels, Node, OpenVolume,
     Operation, Pool, PoolSpec, RefusalCode, ReplicaChange, RequestKey, State, ZONE_LABEL, apply,
@@ -310,12 +311,258 @@ fn a_move_goes_to_a_free_domain() {
     let mut view = Fake::default();
     view.used.insert(disk_id(4, 1), 50 * GIB);
     assert_eq!(
-        place_move(&state, &view, volume, disk_id(1, 1)).unwrap(),
+        place_move(&state, &view, volume, disk_id(1, 1), &Planned::new()).unwrap(),
         disk_id(5, 1)
     );
     view.dead.insert(disk_id(5, 1));
     assert_eq!(
-        place_move(&state, &view, volume, disk_id(1, 1)).unwrap(),
+        place_move(&state, &view, volume, disk_id(1, 1), &Planned::new()).unwrap(),
         disk_id(4, 1)
     );
+}
+
+fn moved(from: DiskId, to: DiskId) -> Operation {
+    Operation::MoveReplica {
+        volume: VOLUME,
+        from,
+        to,
+    }
+}
+
+#[test]
+fn a_lost_replica_moves_once_to_a_disk_that_lives() {
+    let mut state = degraded();
+    let mut view = Fake::default();
+    view.dead.insert(disk_id(1, 1));
+    let caps = Caps::default();
+    let one = |disk| disk == disk_id(1, 1);
+    let nothing = heal::plan(&state, &view, caps, |_| false);
+    assert_eq!(nothing, heal::HealPlan::default());
+    view.used.insert(disk_id(4, 1), GIB);
+    let plan = heal::plan(&state, &view, caps, one);
+    assert_eq!(plan.operations, [moved(disk_id(1, 1), disk_id(5, 1))]);
+    run(&mut state, plan.operations[0].clone());
+    assert_eq!(
+        heal::plan(&state, &view, caps, one),
+        heal::HealPlan::default()
+    );
+    // The new one is lost as well: another takes its place.
+    view.dead.insert(disk_id(5, 1));
+    let both = |disk| disk == disk_id(1, 1) || disk == disk_id(5, 1);
+    let plan = heal::plan(&state, &view, caps, both);
+    assert_eq!(plan.operations, [moved(disk_id(1, 1), disk_id(4, 1))]);
+    run(&mut state, plan.operations[0].clone());
+    assert_eq!(
+        heal::plan(&state, &view, caps, both),
+        heal::HealPlan::default()
+    );
+}
+
+#[test]
+fn what_cannot_be_rebuilt_or_placed_stays() {
+    let state = degraded();
+    let mut view = Fake::default();
+    let one = |disk| disk == disk_id(1, 1);
+    // No living copy: nothing to rebuild from.
+    view.dead
+        .extend([disk_id(1, 1), disk_id(2, 1), disk_id(3, 1)]);
+    assert_eq!(
+        heal::plan(&state, &view, Caps::default(), one),
+        heal::HealPlan::default()
+    );
+    // No disk to go to.
+    view.dead = [disk_id(1, 1), disk_id(4, 1), disk_id(5, 1)].into();
+    let plan = heal::plan(&state, &view, Caps::default(), one);
+    assert!(plan.operations.is_empty());
+    assert_eq!(plan.unplaced.len(), 1);
+    assert_eq!(plan.unplaced[0].disk, disk_id(1, 1));
+    // No budget.
+    view.dead = [disk_id(1, 1)].into();
+    for caps in [
+        Caps {
+            cluster: 0,
+            disk: 9,
+        },
+        Caps {
+            cluster: 9,
+            disk: 0,
+        },
+    ] {
+        let plan = heal::plan(&state, &view, caps, one);
+        assert_eq!((plan.operations.len(), plan.waiting), (0, 1));
+    }
+}
+
+#[test]
+fn fewest_good_copies_go_first_and_what_is_planned_counts() {
+    let (mut state, _) = cluster(6, 1, FailureDomain::Node);
+    let volume = |n: u8| VolumeId([n; 16]);
+    for n in 1..=6 {
+        let disks = if n == 4 { [1, 2, 0] } else { [1, 3, 4] };
+        let group: Vec<_> = disks
+            .iter()
+            .filter(|d| **d > 0)
+            .map(|d| disk_id(*d, 1))
+            .collect();
+        run(
+            &mut state,
+            Operation::CreateVolume(CreateVolume {
+                volume: volume(n),
+                name: format!("v{n}"),
+                size_bytes: 30 * GIB,
+                pool: POOL,
+                replicas: group.len() as u8,
+                min_replicas: 1,
+                groups: vec![group],
+                labels: Labels::new(),
+                created_unix_ms: 0,
+            }),
+        );
+    }
+    let mut view = Fake::default();
+    view.dead.insert(disk_id(1, 1));
+    let plan = heal::plan(&state, &view, Caps::default(), |d| d == disk_id(1, 1));
+    assert_eq!(plan.operations.len(), 6, "{plan:?}");
+    let order: Vec<_> = plan
+        .operations
+        .iter()
+        .map(|o| match o {
+            Operation::MoveReplica { volume, to, .. } => (*volume, *to),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(order[0].0, volume(4), "one copy left");
+    let mut per_disk = BTreeMap::<DiskId, u32>::new();
+    order
+        .iter()
+        .for_each(|(_, to)| *per_disk.entry(*to).or_default() += 1);
+    assert!(
+        per_disk.len() >= 3 && per_disk.values().all(|n| *n <= 3),
+        "{per_disk:?}"
+    );
+}
+
+/// Of `degraded`: nobody uses it any more.
+fn neglected() -> State {
+    let mut state = degraded();
+    let mut changes = Vec::new();
+    for node in [2, 3] {
+        changes.push(ReplicaChange {
+            group: GroupIndex(0),
+            disk: disk_id(node, 1),
+            state: ReplicaState::InSync,
+            incarnation: Incarnation(1),
+        });
+    }
+    let made = ChangeReplicas {
+        volume: VOLUME,
+        client: ClientId([1; 16]),
+        epoch: state.volume(VOLUME).unwrap().epoch,
+        changes,
+    };
+    run(&mut state, Operation::ChangeReplicas(made));
+    let epoch = state.volume(VOLUME).unwrap().epoch;
+    let close = Operation::CloseVolume {
+        volume: VOLUME,
+        client: ClientId([1; 16]),
+        epoch,
+        clean: true,
+    };
+    run(&mut state, close);
+    state
+}
+
+fn orders(node: u8) -> care::Orders {
+    care::Orders::from([(NodeId([node; 16]), BTreeSet::from([VOLUME]))])
+}
+
+#[test]
+fn a_daemon_with_a_good_copy_cares_while_something_can_be_rebuilt() {
+    let plan = |state: &State, view: &Fake, before: &care::Orders| {
+        care::plan(state, view, care::Caps::default(), before, |_| false)
+    };
+    let none = care::Orders::new();
+    let mut view = Fake::default();
+    assert_eq!(plan(&degraded(), &view, &none), none, "held");
+    let state = neglected();
+    assert_eq!(plan(&state, &view, &none), orders(2));
+    // It stays with the daemon that has it, also where only the state tells.
+    assert_eq!(plan(&state, &view, &orders(3)), orders(3));
+    let mut held = state.clone();
+    let open = OpenVolume {
+        volume: VOLUME,
+        client: ClientId([8; 16]),
+        node: NodeId([3; 16]),
+        client_name: String::new(),
+        force: false,
+    };
+    run(&mut held, Operation::OpenToCare(open));
+    assert_eq!(plan(&held, &view, &none), orders(3));
+    view.dead.insert(disk_id(3, 1));
+    assert_eq!(plan(&held, &view, &orders(3)), orders(2), "its node died");
+    // Nothing to rebuild onto, nothing to rebuild from, or somebody wants it.
+    view.dead = [disk_id(1, 1)].into();
+    assert_eq!(plan(&held, &view, &orders(3)), none);
+    view.dead = [disk_id(2, 1), disk_id(3, 1)].into();
+    assert_eq!(plan(&state, &view, &none), none);
+    view.dead.clear();
+    let wanted = care::plan(&state, &view, care::Caps::default(), &orders(2), |v| {
+        v == VOLUME
+    });
+    assert_eq!(wanted, none);
+    for (cluster, node) in [(0, 9), (9, 0)] {
+        let caps = care::Caps { cluster, node };
+        assert_eq!(care::plan(&state, &view, caps, &none, |_| false), none);
+    }
+}
+
+#[test]
+fn rebuilds_of_volumes_in_danger_begin_first() {
+    let mut state = degraded();
+    let other = VolumeId([1; 16]);
+    let create = CreateVolume {
+        volume: other,
+        name: "w".into(),
+        size_bytes: GIB,
+        pool: POOL,
+        replicas: 3,
+        min_replicas: 1,
+        groups: vec![(1..=3).map(|n| disk_id(n, 1)).collect()],
+        labels: Labels::new(),
+        created_unix_ms: 0,
+    };
+    run(&mut state, Operation::CreateVolume(create));
+    let client = ClientId([1; 16]);
+    let open = OpenVolume {
+        volume: other,
+        client,
+        node: NodeId::NIL,
+        client_name: String::new(),
+        force: false,
+    };
+    run(&mut state, Operation::OpenVolume(open));
+    let stale = |node| ReplicaChange {
+        group: GroupIndex(0),
+        disk: disk_id(node, 1),
+        state: ReplicaState::Stale,
+        incarnation: Incarnation(0),
+    };
+    let change = |volume, epoch, changes| {
+        Operation::ChangeReplicas(ChangeReplicas {
+            volume,
+            client,
+            epoch: Epoch(epoch),
+            changes,
+        })
+    };
+    run(&mut state, change(other, 1, vec![stale(1)]));
+    // The one of the later identity has a single good copy.
+    run(&mut state, change(VOLUME, 2, vec![stale(2)]));
+    let caps = Caps {
+        cluster: 1,
+        disk: 9,
+    };
+    let plan = plan(&state, &Fake::default(), caps, |_, _| true);
+    assert_eq!(plan.begun.len(), 1);
+    assert_eq!(plan.begun[0].0, VOLUME);
 }

@@ -93,10 +93,12 @@ impl Member {
 
     pub(super) async fn begin_revert(&self, request: pb::BeginRevertRequest) -> Result<pb::Volume> {
         let key = convert::request_key(&request.request_id)?;
+        let volume = volume_id(&request.volume_id)?;
         let operation = Operation::BeginRevert {
-            volume: volume_id(&request.volume_id)?,
+            volume,
             snapshot: snapshot_id(&request.snapshot_id)?,
         };
+        self.vacate(volume).await?;
         self.propose_volume(key, operation).await
     }
 

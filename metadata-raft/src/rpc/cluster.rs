@@ -289,6 +289,7 @@ impl Member {
             interval_ms: HEARTBEAT_MS,
             set_layers: Vec::new(),
             flatten: Vec::new(),
+            care: self.care_orders(node),
         };
         let mut gone = Vec::new();
         let mut cut = false;

@@ -103,6 +103,18 @@ pub struct View<'a> {
     pub now: Instant,
 }
 
+impl View<'_> {
+    /// Whether a disk failed, or its node was not heard of for as long as `away`.
+    pub fn is_lost(&self, disk: DiskId, away: Option<Duration>) -> bool {
+        let Some(record) = self.state.disk(disk) else {
+            return true;
+        };
+        let age = self.liveness.age(self.now, record.node);
+        let is_away = away.zip(age).is_some_and(|(away, age)| age >= away);
+        self.liveness.disk(disk).failed || is_away
+    }
+}
+
 impl DiskView for View<'_> {
     fn alive(&self, disk: DiskId) -> bool {
         self.state.disk(disk).is_some_and(|d| {

@@ -16,6 +16,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
+use super::care_loop::CareBoard;
 use super::convert;
 use super::liveness::{Liveness, View};
 use super::read_barrier::ReadBarrier;
@@ -88,6 +89,8 @@ pub struct Member {
     pub(super) schedules: Notify,
     /// Snapshots that calls of this member take.
     pub(super) takings: Takings,
+    /// Volumes that daemons care for.
+    pub(super) care: CareBoard,
     liveness: Mutex<Liveness>,
     channels: Mutex<BTreeMap<String, Channel>>,
     reads: ReadBarrier<Result<(), Unconfirmed>>,
@@ -126,6 +129,7 @@ impl Member {
             repair: Notify::new(),
             schedules: Notify::new(),
             takings: Takings::default(),
+            care: CareBoard::default(),
             liveness: Mutex::default(),
             channels: Mutex::default(),
             reads: ReadBarrier::default(),

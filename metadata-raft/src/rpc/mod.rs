@@ -6,9 +6,11 @@
 //! - Heartbeats and statistics live in the leader's memory only (`liveness`).
 //! - Nothing holds the lock of the state across an await.
 
+mod care_loop;
 mod clones;
 mod cluster;
 mod convert;
+mod heal_loop;
 mod layers;
 mod liveness;
 mod member;

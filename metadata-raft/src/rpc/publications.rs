@@ -15,13 +15,15 @@ impl Member {
         &self,
         request: pb::PublishVolumeRequest,
     ) -> Result<pb::Volume> {
+        let volume = volume_id(&request.volume_id)?;
         let operation = Operation::PublishVolume {
-            volume: volume_id(&request.volume_id)?,
+            volume,
             node: request.node_name,
             mode: mode(request.mode)?,
         };
-        self.propose_volume(convert::request_key(&request.request_id)?, operation)
-            .await
+        let key = convert::request_key(&request.request_id)?;
+        self.vacate(volume).await?;
+        self.propose_volume(key, operation).await
     }
 
     pub(super) async fn unpublish_volume(
@@ -53,9 +55,9 @@ fn mode(mode: i32) -> std::result::Result<AttachMode, Status> {
     match pb::AttachMode::try_from(mode) {
         Ok(pb::AttachMode::Exclusive | pb::AttachMode::Unspecified) => Ok(AttachMode::Exclusive),
         Ok(pb::AttachMode::ReadOnly) => Ok(AttachMode::ReadOnly),
-        Ok(pb::AttachMode::Shared) | Err(_) => Err(Status::invalid_argument(
-            "mode: a volume is published exclusively or read-only",
-        )),
+        Ok(pb::AttachMode::Shared | pb::AttachMode::Care) | Err(_) => Err(
+            Status::invalid_argument("mode: a volume is published exclusively or read-only"),
+        ),
     }
 }
 

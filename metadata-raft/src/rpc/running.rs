@@ -63,6 +63,8 @@ pub struct Options {
     pub bootstrap: BTreeMap<MemberId, String>,
     /// Members of a cluster to join; ignored once joined.
     pub join: Vec<String>,
+    /// A disk whose node is away for this long is lost: its replicas get others.
+    pub replace_after: Duration,
     /// For tests.
     pub tuning: Tuning,
 }
@@ -166,6 +168,8 @@ impl Running {
         let tasks = vec![
             tokio::spawn(follow_role(member.clone(), role.clone(), contact)),
             tokio::spawn(super::repair_loop::run(member.clone())),
+            tokio::spawn(super::heal_loop::run(member.clone(), options.replace_after)),
+            tokio::spawn(super::care_loop::run(member.clone())),
             tokio::spawn(super::snapshot_loop::run(member.clone())),
             tokio::spawn(super::schedule_loop::run(member.clone())),
             tokio::spawn(form_cluster(member.clone(), options, advertise)),

@@ -27,6 +27,7 @@ struct Cluster {
     addresses: BTreeMap<u64, SocketAddr>,
     members: BTreeMap<u64, Running>,
     initial: u64,
+    replace_after: Duration,
     tuning: Tuning,
 }
 
@@ -73,6 +74,7 @@ impl Cluster {
             addresses: (1..=initial).map(|i| (i, free_address())).collect(),
             members: BTreeMap::new(),
             initial,
+            replace_after: Duration::from_secs(600),
             tuning,
         };
         for i in 1..=initial {
@@ -98,6 +100,7 @@ impl Cluster {
                 Vec::new()
             },
             bootstrap: if joins { BTreeMap::new() } else { first },
+            replace_after: self.replace_after,
             tuning: self.tuning,
         };
         // The database of a member that was just killed may still be locked for a moment.

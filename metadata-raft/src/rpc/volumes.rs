@@ -182,8 +182,10 @@ impl Member {
         &self,
         request: pb::DeleteVolumeRequest,
     ) -> Result<pb::DeleteVolumeResponse> {
-        let operation = Operation::DeleteVolume(volume_id(&request.volume_id)?);
+        let volume = volume_id(&request.volume_id)?;
+        let operation = Operation::DeleteVolume(volume);
         let request = convert::request_key(&request.request_id)?;
+        self.vacate(volume).await?;
         self.propose(Command { request, operation }).await?;
         Ok(pb::DeleteVolumeResponse {})
     }
@@ -192,13 +194,15 @@ impl Member {
         &self,
         request: pb::OpenVolumeRequest,
     ) -> Result<pb::OpenVolumeResponse> {
-        let operation = match pb::AttachMode::try_from(request.mode) {
+        let mode = pb::AttachMode::try_from(request.mode);
+        let operation = match mode {
             Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) if request.revert => {
                 Operation::OpenToRevert
             }
             Ok(pb::AttachMode::Unspecified | pb::AttachMode::Exclusive) => Operation::OpenVolume,
             Ok(pb::AttachMode::ReadOnly) if !request.revert => Operation::JoinVolume,
-            Ok(pb::AttachMode::ReadOnly) => {
+            Ok(pb::AttachMode::Care) if !request.revert => Operation::OpenToCare,
+            Ok(pb::AttachMode::ReadOnly | pb::AttachMode::Care) => {
                 return Err(Status::invalid_argument(
                     "mode: a volume is opened exclusively to revert it",
                 )
@@ -219,6 +223,9 @@ impl Member {
             force: request.force,
         };
         let request = convert::request_key(&request.request_id)?;
+        if mode != Ok(pb::AttachMode::Care) {
+            self.vacate(open.volume).await?;
+        }
         let answer = self
             .propose(Command {
                 request,
@@ -352,7 +359,9 @@ impl Member {
             return Ok(view::volume(&self.shared.state(), volume));
         }
         let to = if request.to_disk_id.is_empty() {
-            self.with_view(|state, view| placement::place_move(state, view, &volume, from))?
+            self.with_view(|state, view| {
+                placement::place_move(state, view, &volume, from, &placement::Planned::new())
+            })?
         } else {
             convert::id("to_disk_id", &request.to_disk_id, DiskId::from_slice)?
         };

@@ -40,6 +40,8 @@ pub(super) struct Volume {
     pub force: bool,
     pub first_open: bool,
     pub revert: bool,
+    /// Only so that it is rebuilt.
+    pub care: bool,
     /// The snapshot that is read, if it is not the volume itself.
     pub snapshot: Option<SnapshotId>,
     pub members: Members,
@@ -204,7 +206,12 @@ impl Volume {
     }
 
     async fn open(&self) {
-        match self.ask_open(pb::AttachMode::Exclusive).await {
+        let mode = if self.care {
+            pb::AttachMode::Care
+        } else {
+            pb::AttachMode::Exclusive
+        };
+        match self.ask_open(mode).await {
             Ok(response) => self.granted(response).await,
             Err(status) => self.open_refused(&status).await,
         }

@@ -111,6 +111,7 @@ impl Control {
             force: spec.force,
             first_open: spec.first_open,
             revert: spec.revert,
+            care: spec.care,
             snapshot: spec.snapshot.map(|s| s.id),
             members: self.members.clone(),
             worker,

@@ -74,6 +74,8 @@ pub struct OpenSpec {
     pub snapshot: Option<SnapshotSpec>,
     /// To revert it: nobody else may open it meanwhile.
     pub revert: bool,
+    /// Only so that it is rebuilt: whoever wants it gets it.
+    pub care: bool,
 }
 
 impl OpenSpec {
@@ -89,6 +91,7 @@ impl OpenSpec {
             first_open: false,
             snapshot: None,
             revert: false,
+            care: false,
         }
     }
 }

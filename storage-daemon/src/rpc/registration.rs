@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ashlar_proto::ids::{DiskId, Epoch, SnapshotNumber, VolumeId};
 use ashlar_proto::layers::LayerList;
@@ -17,8 +17,10 @@ use ashlar_proto::rpc::metadata::{
     DiskStatus, DropReplica, Flatten, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
     ReplicaLayers, SetLayers,
 };
+use tokio::sync::Mutex;
 use tonic::{Code, Status};
 
+use super::care::Care;
 use crate::daemon::{Daemon, DiskReport};
 use crate::engine::{AdminReply, AdminRequest};
 
@@ -38,12 +40,12 @@ struct Registered {
 }
 
 /// Registers and reports until the daemon ends.
-pub async fn run(daemon: Arc<Daemon>) {
+pub async fn run(daemon: Arc<Daemon>, care: Arc<Mutex<Care>>) {
     let mut node_known = false;
     let mut disks = BTreeMap::<DiskId, Registered>::new();
     let mut interval = INTERVAL_DEFAULT;
     loop {
-        let outcome = round(&daemon, &mut node_known, &mut disks).await;
+        let outcome = round(&daemon, &care, &mut node_known, &mut disks).await;
         daemon.set_standing(standing(&daemon, &outcome, node_known).await);
         match outcome {
             Ok(Some(wanted)) => interval = wanted.clamp(INTERVAL_BOUNDS.0, INTERVAL_BOUNDS.1),
@@ -91,6 +93,7 @@ async fn standing(
 
 async fn round(
     daemon: &Arc<Daemon>,
+    care: &Mutex<Care>,
     node_known: &mut bool,
     disks: &mut BTreeMap<DiskId, Registered>,
 ) -> Result<Option<Duration>, Status> {
@@ -145,6 +148,9 @@ async fn round(
     }
     for order in response.flatten {
         flatten(daemon, &order).await;
+    }
+    if let Some(orders) = response.care {
+        care.lock().await.follow(orders, Instant::now()).await;
     }
     let wanted = Duration::from_millis(u64::from(response.interval_ms));
     Ok((response.interval_ms > 0).then_some(wanted))

@@ -17,6 +17,8 @@ pub struct ClusterSpec {
     pub daemons: u32,
     /// Size of each disk, as in `2GiB`.
     pub disk_size: &'static str,
+    /// Seconds without a daemon after which its replicas get others.
+    pub replace_after: Option<u64>,
     /// Network namespace to run in.
     pub namespace: Option<String>,
     /// Address to listen on, in a namespace of the test's own.
@@ -29,6 +31,7 @@ impl Default for ClusterSpec {
             members: 3,
             daemons: 3,
             disk_size: "2GiB",
+            replace_after: None,
             namespace: None,
             address: "127.0.0.1",
         }
@@ -52,18 +55,25 @@ impl Cluster {
             .tempdir()
             .expect("temp dir");
         let cluster = Self { dir, spec };
-        cluster.ok(&[
+        let replace_after = cluster.spec.replace_after.map(|s| s.to_string());
+        let members = cluster.spec.members.to_string();
+        let daemons = cluster.spec.daemons.to_string();
+        let mut arguments = vec![
             "dev",
             "up",
             "--members",
-            &cluster.spec.members.to_string(),
+            &members,
             "--daemons",
-            &cluster.spec.daemons.to_string(),
+            &daemons,
             "--disk-size",
             cluster.spec.disk_size,
             "--address",
             cluster.spec.address,
-        ]);
+        ];
+        if let Some(seconds) = &replace_after {
+            arguments.extend(["--replace-after", seconds]);
+        }
+        cluster.ok(&arguments);
         cluster
     }
 

@@ -31,6 +31,7 @@ enum Step {
     DropClone(u8),
     Cut(u8),
     Flatten(u8),
+    Care(u8),
     Revert(u8),
     EndRevert,
     Retry,
@@ -59,6 +60,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..4_u8).prop_map(Step::DropClone),
         1 => (0..4_u8).prop_map(Step::Cut),
         1 => (0..4_u8).prop_map(Step::Flatten),
+        2 => (1..4_u8).prop_map(Step::Care),
         1 => (0..6_u8).prop_map(Step::Revert),
         1 => Just(Step::EndRevert),
         2 => Just(Step::Retry),
@@ -83,6 +85,10 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
                 open => open,
             }
         }
+        Step::Care(n) => match publications::open_on(10 + *n, NodeId(id16(*n)), false) {
+            Operation::OpenVolume(open) => Operation::OpenToCare(open),
+            other => other,
+        },
         Step::Clone(c, s) => {
             let source = m.state.snapshots().by_name(&format!("s{s}"))?;
             // An identity is not used twice.
