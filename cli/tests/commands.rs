@@ -1,4 +1,5 @@
 //! The `ashlar` program against a metadata server in memory: output, JSON, exit codes, failover.
+//! Longer than 600 lines: a case per command, and all share one fake server.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod support;
@@ -533,4 +534,75 @@ fn a_snapshot_on_its_way_out_shows_its_progress() {
         "{table}"
     );
     assert!(table.contains("a (deleted)"), "{table}");
+}
+
+#[test]
+fn nodes_and_disks_go_out_of_service_and_back() {
+    let mut model = three_nodes();
+    model.disks[0].replica_count = 2;
+    model.disks[1].used_bytes = 9 << 30;
+    model.repairs = pb::Repairs {
+        waiting: 1,
+        unplaced_total: 3,
+        unplaced: vec![pb::Unplaced {
+            volume_name: "v".into(),
+            reason: "no living disk has room".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let server = FakeMetadata::start(model);
+    let at = server.address.to_string();
+    let state = |what: &str, n: usize| {
+        let shown = json(&ashlar(&at, &["-o", "json", what, "list"]));
+        shown[n]["service"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(state("node", 0), "in-use");
+    let cordoned = ashlar(&at, &["node", "cordon", "node-1"]);
+    assert!(stdout(&cordoned).contains("the 2 that are there stay"));
+    assert_eq!(state("node", 0), "cordoned");
+    let shown = ashlar(&at, &["node", "show", "node-1"]);
+    assert!(stdout(&shown).contains("alive, cordoned"));
+
+    // Nothing can leave: that is said, and the wait ends.
+    let begun = ashlar(&at, &["node", "drain", "node-1"]);
+    assert!(stdout(&begun).contains("2 replicas (1 GiB) leave node node-1"));
+    let wait = ["node", "drain", "node-1", "--wait", "--wait-timeout", "1"];
+    let stuck = ashlar(&at, &wait);
+    assert_eq!(code(&stuck), 5, "{}", stderr(&stuck));
+    let text = stderr(&stuck);
+    assert!(text.contains("2 replicas are still there"), "{text}");
+    assert!(
+        text.contains("no living disk has room (and 2 more"),
+        "{text}"
+    );
+    let repairs = json(&ashlar(&at, &["-o", "json", "cluster", "repairs"]));
+    assert_eq!(
+        (repairs["waiting"].as_u64(), repairs["unplaced"].as_u64()),
+        (Some(1), Some(3))
+    );
+    server.model.lock().unwrap().disks[0].replica_count = 0;
+    let drained = ashlar(&at, &wait);
+    assert!(stdout(&drained).contains("node node-1 holds no replica"));
+    assert_eq!(code(&ashlar(&at, &["node", "uncordon", "node-1"])), 0);
+    assert_eq!(state("node", 0), "in-use");
+
+    assert_eq!(
+        code(&ashlar(&at, &["disk", "evacuate", "/disk-2", "--wait"])),
+        0
+    );
+    assert_eq!(state("disk", 1), "draining");
+    let disks = ashlar(&at, &["disk", "list"]);
+    assert!(
+        stdout(&disks).contains("alive, draining, nearly full"),
+        "{}",
+        stdout(&disks)
+    );
+    let status = json(&ashlar(&at, &["-o", "json", "cluster", "status"]));
+    assert_eq!(status["disks_nearly_full"], 1);
+    assert_eq!(code(&ashlar(&at, &["disk", "uncordon", "/disk-2"])), 0);
+    assert_eq!(state("disk", 1), "in-use");
+    let itself = ashlar(&at, &["disk", "replace", "/disk-2", "/disk-2"]);
+    assert_eq!(code(&itself), 2);
+    assert_eq!(code(&ashlar(&at, &["disk", "cordon", "nothing"])), 3);
 }

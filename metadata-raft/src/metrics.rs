@@ -120,6 +120,13 @@ pub const NODES: Metric = Metric::gauge(
     &["state"],
     "Registered nodes by state: alive, silent, or attach_only (no storage daemon, so no heartbeats)",
 );
+/// Replicas without a good place.
+pub const REPLICAS_TO_MOVE: Metric = Metric::gauge(
+    "ashlar_metadata_replicas_to_move",
+    Unit::Count,
+    &["state"],
+    "Replicas that have to leave a lost or draining disk: waiting for their turn, or unplaced (no disk will do)",
+);
 /// Disks.
 pub const DISKS: Metric = Metric::gauge(
     "ashlar_metadata_disks",
@@ -166,6 +173,7 @@ pub const ALL: &[Metric] = &[
     REPLICAS,
     SNAPSHOTS,
     REPLICAS_TO_DROP,
+    REPLICAS_TO_MOVE,
     NODES,
     DISKS,
     POOL_CAPACITY,

@@ -14,6 +14,8 @@ use crate::size;
 pub enum ClusterCommand {
     /// Members, nodes, disks, space and redundancy in one view
     Status,
+    /// What is rebuilt or moved, how far it is and how long it will take
+    Repairs,
 }
 
 #[derive(Serialize)]
@@ -38,6 +40,8 @@ struct StatusView {
     nodes: usize,
     disks_alive: usize,
     disks: usize,
+    /// Disks that are fuller than 85 %.
+    disks_nearly_full: usize,
     capacity_bytes: u64,
     used_bytes: u64,
     provisioned_bytes: u64,
@@ -53,7 +57,14 @@ struct StatusView {
 pub async fn run(command: &ClusterCommand, context: &mut Context) -> Result<()> {
     match command {
         ClusterCommand::Status => status(context).await,
+        ClusterCommand::Repairs => super::repairs::show(context).await,
     }
+}
+
+/// Whether a client holds it, and not only a storage daemon for its rebuild.
+fn is_attached(volume: &pb::Volume) -> bool {
+    let holder = volume.holder.as_ref();
+    holder.is_some_and(|h| h.mode() != pb::AttachMode::Care)
 }
 
 /// How redundant a volume is: (replicas in sync, replicas, some group has fewer than it needs to write).
@@ -87,7 +98,13 @@ async fn status(context: &mut Context) -> Result<()> {
         ),
         (
             "Disks",
-            format!("{} of {} alive", view.disks_alive, view.disks),
+            match view.disks_nearly_full {
+                0 => format!("{} of {} alive", view.disks_alive, view.disks),
+                full => format!(
+                    "{} of {} alive, {full} nearly full",
+                    view.disks_alive, view.disks
+                ),
+            },
         ),
         (
             "Space",
@@ -162,11 +179,15 @@ fn build(
         nodes: nodes.len(),
         disks_alive: disks.iter().filter(|d| d.alive).count(),
         disks: disks.len(),
+        disks_nearly_full: disks
+            .iter()
+            .filter(|d| super::disk::is_nearly_full(d.used_bytes, d.capacity_bytes))
+            .count(),
         capacity_bytes: disks.iter().map(|d| d.capacity_bytes).sum(),
         used_bytes: disks.iter().map(|d| d.used_bytes).sum(),
         provisioned_bytes: disks.iter().map(|d| d.provisioned_bytes).sum(),
         volumes: volumes.len(),
-        volumes_attached: volumes.iter().filter(|v| v.holder.is_some()).count(),
+        volumes_attached: volumes.iter().filter(|v| is_attached(v)).count(),
         volumes_degraded: 0,
         volumes_waiting: 0,
         replicas_in_sync: 0,

@@ -2,6 +2,7 @@
 //! the metadata cluster refuses to forget a disk that holds replicas.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use ashlar_proto::rpc::{daemon as daemon_pb, metadata as pb};
 use clap::Subcommand;
@@ -9,6 +10,7 @@ use comfy_table::Cell;
 use serde::Serialize;
 
 use super::Context;
+use super::service::{self, EmptyArgs, Named};
 use crate::args::parse_label;
 use crate::client::{self, find_disk, request_id};
 use crate::error::{CliError, Result};
@@ -41,11 +43,56 @@ pub enum DiskCommand {
         #[arg(long = "label", value_parser = parse_label)]
         labels: Vec<(String, String)>,
     },
+    /// Lets no more replicas be placed on a disk; those that are there stay
+    Cordon {
+        /// Id, a part of the id, path, or NODE:PATH
+        disk: String,
+    },
+    /// Ends a cordon or an evacuation: the disk is used again
+    Uncordon {
+        /// Id, a part of the id, path, or NODE:PATH
+        disk: String,
+    },
+    /// Moves every replica to other disks, and lets none come, until `uncordon`
+    Evacuate {
+        /// Id, a part of the id, path, or NODE:PATH
+        disk: String,
+        /// Waiting
+        #[command(flatten)]
+        wait: EmptyArgs,
+    },
+    /// Moves every replica to a new disk of the same node (where the failure domains allow that, else to others)
+    Replace {
+        /// The old disk: id, a part of the id, path, or NODE:PATH
+        disk: String,
+        /// Path of the new device or file on its node: one that is served already, is formatted, or is blank with --format
+        path: String,
+        /// Format it first; refused when it holds data
+        #[arg(long)]
+        format: bool,
+        /// Create a file of this size (with --format)
+        #[arg(long, value_parser = size::parse, requires = "format")]
+        size: Option<u64>,
+        /// Waiting
+        #[command(flatten)]
+        wait: EmptyArgs,
+    },
     /// Stops using a disk that holds no replica (any more); its contents stay
     Remove {
         /// Id, a part of the id, path, or NODE:PATH
         disk: String,
     },
+}
+
+/// Time for a daemon to register a disk that was added.
+const REGISTERED_WITHIN: Duration = Duration::from_secs(15);
+/// A disk that is fuller than this is worth a warning.
+const NEARLY_FULL_PERCENT: u64 = 85;
+
+/// Whether a disk is worth a warning.
+pub fn is_nearly_full(used_bytes: u64, capacity_bytes: u64) -> bool {
+    used_bytes.saturating_mul(100) >= capacity_bytes.saturating_mul(NEARLY_FULL_PERCENT)
+        && capacity_bytes > 0
 }
 
 /// A disk as it is shown.
@@ -55,6 +102,7 @@ pub struct DiskView {
     node: String,
     path: String,
     state: &'static str,
+    service: &'static str,
     alive: bool,
     failed: bool,
     data_address: String,
@@ -89,6 +137,7 @@ impl DiskView {
                 (false, true) => "alive",
                 (false, false) => "silent",
             },
+            service: service::name(disk.service()),
             node: disk.node_name,
             path: disk.path,
             alive: disk.alive,
@@ -103,12 +152,20 @@ impl DiskView {
         }
     }
 
+    fn shown(&self) -> String {
+        let mut shown = service::with_state(self.state, self.service);
+        if is_nearly_full(self.used_bytes, self.capacity_bytes) {
+            shown.push_str(", nearly full");
+        }
+        shown
+    }
+
     /// One row of the table.
     pub fn row(&self) -> Vec<Cell> {
         vec![
             cell(&self.node),
             cell(&self.path),
-            health(self.state, self.alive && !self.failed),
+            health(self.shown(), self.alive && !self.failed),
             cell(size::format(self.capacity_bytes)),
             cell(size::format(self.used_bytes)),
             cell(size::format(self.provisioned_bytes)),
@@ -139,6 +196,78 @@ pub async fn run(command: &DiskCommand, context: &mut Context) -> Result<()> {
             add(node, request, context).await
         }
         DiskCommand::Remove { disk } => remove(disk, context).await,
+        DiskCommand::Cordon { disk } => {
+            let disk = named(disk, context).await?;
+            service::change(context, &disk, pb::Service::Cordoned).await
+        }
+        DiskCommand::Uncordon { disk } => {
+            let disk = named(disk, context).await?;
+            service::change(context, &disk, pb::Service::InUse).await
+        }
+        DiskCommand::Evacuate { disk, wait } => {
+            let disk = named(disk, context).await?;
+            service::empty(context, &disk, Vec::new(), *wait).await
+        }
+        DiskCommand::Replace {
+            disk,
+            path,
+            format,
+            size,
+            wait,
+        } => {
+            let disks = context.metadata.disks().await?;
+            let old = find_disk(&disks, disk)?.clone();
+            let served = disks
+                .iter()
+                .find(|d| d.node_id == old.node_id && d.path == *path);
+            if served.is_some_and(|d| d.disk_id == old.disk_id) {
+                return Err(CliError::usage(format!(
+                    "{path} is the old disk itself; give the path of the new one"
+                )));
+            }
+            let new = match served {
+                Some(disk) => disk.disk_id.clone(),
+                None => {
+                    let request = daemon_pb::AddDiskRequest {
+                        path: path.clone(),
+                        format: *format,
+                        size_bytes: size.unwrap_or(0),
+                        labels: old.labels.clone(),
+                    };
+                    let id = begin_to_serve(&old.node_id, request, context)
+                        .await?
+                        .1
+                        .disk_id;
+                    wait_registered(&id, context).await?;
+                    id
+                }
+            };
+            service::empty(context, &Named::disk(&old), new, *wait).await
+        }
+    }
+}
+
+async fn named(text: &str, context: &mut Context) -> Result<Named> {
+    let disks = context.metadata.disks().await?;
+    Ok(Named::disk(find_disk(&disks, text)?))
+}
+
+/// A disk was added: its daemon registers it at once.
+async fn wait_registered(id: &[u8], context: &mut Context) -> Result<()> {
+    let deadline = Instant::now() + REGISTERED_WITHIN;
+    loop {
+        let disks = context.metadata.disks().await?;
+        if disks.iter().any(|d| d.disk_id == id && d.alive) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(CliError::unavailable(format!(
+                "the new disk {} is added, and its daemon does not register it",
+                output::id_text(id)
+            ))
+            .hint("run the same command again; the daemon's log says why"));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
@@ -160,8 +289,13 @@ struct AddedView {
     capacity_bytes: u64,
 }
 
-async fn add(node: &str, request: daemon_pb::AddDiskRequest, context: &mut Context) -> Result<()> {
-    let node = context.metadata.node(node).await?;
+/// Lets a node's daemon serve a disk.
+async fn begin_to_serve(
+    node: &[u8],
+    request: daemon_pb::AddDiskRequest,
+    context: &mut Context,
+) -> Result<(pb::Node, daemon_pb::DiskInfo)> {
+    let node = context.metadata.node(&output::id_text(node)).await?;
     let mut daemon = client::daemon(&node.admin_address).await?;
     let doing = format!("add the disk {} on {}", request.path, node.name);
     let info = daemon
@@ -178,6 +312,12 @@ async fn add(node: &str, request: daemon_pb::AddDiskRequest, context: &mut Conte
             }
         })?
         .into_inner();
+    Ok((node, info))
+}
+
+async fn add(node: &str, request: daemon_pb::AddDiskRequest, context: &mut Context) -> Result<()> {
+    let node = context.metadata.node(node).await?;
+    let (node, info) = begin_to_serve(&node.node_id, request, context).await?;
     let view = AddedView {
         id: output::id_text(&info.disk_id),
         node: node.name,
@@ -208,10 +348,11 @@ async fn remove(text: &str, context: &mut Context) -> Result<()> {
     let disk = find_disk(&disks, text)?;
     let id = output::id_text(&disk.disk_id);
     if disk.replica_count > 0 {
-        return Err(CliError::conflict(format!("disk {id} holds {} replicas", disk.replica_count))
-            .hint(format!(
-                "move them away first: `ashlar replica list --disk {id}`, `ashlar replica move VOLUME {id}`"
-            )));
+        return Err(
+            CliError::conflict(format!("disk {id} holds {} replicas", disk.replica_count)).hint(
+                format!("move them away first: `ashlar disk evacuate {id} --wait`"),
+            ),
+        );
     }
     // The daemon first: else its next heartbeat would register the disk again.
     let nodes = context.metadata.nodes().await?;

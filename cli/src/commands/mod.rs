@@ -8,9 +8,11 @@ pub mod disk;
 pub mod extents;
 pub mod node;
 pub mod pool;
+pub mod repairs;
 pub mod replica;
 pub mod revert;
 pub mod schedule;
+pub mod service;
 pub mod snapshot;
 pub mod volume;
 

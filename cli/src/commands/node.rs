@@ -7,6 +7,7 @@ use clap::Subcommand;
 use serde::Serialize;
 
 use super::Context;
+use super::service::{self, EmptyArgs, Named};
 use crate::error::Result;
 use crate::output::{self, Column, cell, health};
 
@@ -20,6 +21,24 @@ pub enum NodeCommand {
         /// Name or id
         node: String,
     },
+    /// Lets no more replicas be placed on a node; those that are there stay
+    Cordon {
+        /// Name or id
+        node: String,
+    },
+    /// Ends a cordon or a drain: the node is used again
+    Uncordon {
+        /// Name or id
+        node: String,
+    },
+    /// Moves every replica to other nodes, and lets none come, until `uncordon`; pods are drained by `kubectl drain`
+    Drain {
+        /// Name or id
+        node: String,
+        /// Waiting
+        #[command(flatten)]
+        wait: EmptyArgs,
+    },
 }
 
 #[derive(Serialize)]
@@ -28,6 +47,7 @@ struct NodeView {
     name: String,
     alive: bool,
     last_heartbeat_age_ms: u64,
+    service: &'static str,
     admin_address: String,
     labels: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -38,6 +58,7 @@ impl NodeView {
     fn new(node: pb::Node) -> Self {
         Self {
             id: output::id_text(&node.node_id),
+            service: service::name(node.service()),
             name: node.name,
             alive: node.alive,
             last_heartbeat_age_ms: node.last_heartbeat_age_ms,
@@ -56,6 +77,10 @@ impl NodeView {
         }
     }
 
+    fn shown(&self) -> String {
+        service::with_state(self.state(), self.service)
+    }
+
     fn heartbeat(&self) -> String {
         format!("{:.1} s ago", self.last_heartbeat_age_ms as f64 / 1000.0)
     }
@@ -66,6 +91,18 @@ pub async fn run(command: &NodeCommand, context: &mut Context) -> Result<()> {
     match command {
         NodeCommand::List => list(context).await,
         NodeCommand::Show { node } => show(node, context).await,
+        NodeCommand::Cordon { node } => {
+            let node = Named::node(&context.metadata.node(node).await?);
+            service::change(context, &node, pb::Service::Cordoned).await
+        }
+        NodeCommand::Uncordon { node } => {
+            let node = Named::node(&context.metadata.node(node).await?);
+            service::change(context, &node, pb::Service::InUse).await
+        }
+        NodeCommand::Drain { node, wait } => {
+            let node = Named::node(&context.metadata.node(node).await?);
+            service::empty(context, &node, Vec::new(), *wait).await
+        }
     }
 }
 
@@ -88,7 +125,7 @@ async fn list(context: &mut Context) -> Result<()> {
     context.output.list(&nodes, &header, |n| {
         vec![
             cell(&n.name),
-            health(n.state(), n.state() != "silent"),
+            health(n.shown(), n.state() != "silent"),
             cell(n.heartbeat()),
             cell(&n.admin_address),
             cell(output::labels(&n.labels)),
@@ -112,7 +149,7 @@ async fn show(name: &str, context: &mut Context) -> Result<()> {
     let fields = [
         ("Node", view.name.clone()),
         ("Id", view.id.clone()),
-        ("State", view.state().to_owned()),
+        ("State", view.shown()),
         ("Heartbeat", view.heartbeat()),
         ("Address", view.admin_address.clone()),
         ("Labels", output::labels(&view.labels)),

@@ -259,13 +259,6 @@ async fn move_replica(
     let volume = context.metadata.volume(volume).await?;
     let disks = context.metadata.disks().await?;
     let from_disk_id = replica_disk(&volume, &disks, from)?;
-    if wait.wait && volume.holder.is_none() {
-        return Err(CliError::conflict(format!(
-            "no client holds volume {}: its replicas are copied only while one does",
-            volume.name
-        ))
-        .hint("open it first, or move without --wait: the move is done when a client opens the volume"));
-    }
     let to_disk_id = match to {
         Some(text) => find_disk(&disks, text)?.disk_id.clone(),
         None => Vec::new(),
@@ -283,7 +276,7 @@ async fn move_replica(
         .await?;
     let begun = match volume.holder {
         Some(_) => "the move is begun",
-        None => "the move is noted, and is done when a client opens it",
+        None => "the move is noted, and a storage daemon will do it",
     };
     finish(context, volume, wait, begun).await
 }

@@ -18,6 +18,8 @@ pub struct Model {
     pub snapshots: Vec<pb::Snapshot>,
     /// Refuse to take snapshots with this.
     pub no_snapshots: Option<Status>,
+    /// What is said to be repaired.
+    pub repairs: pb::Repairs,
     /// Answer everything with UNAVAILABLE.
     pub unavailable: bool,
     /// Request ids of mutations, in the order in which they came.
@@ -151,6 +153,31 @@ impl Metadata for Service {
             m.disks.retain(|d| d.disk_id != request.disk_id);
             Ok(pb::RemoveDiskResponse {})
         })
+    }
+    async fn set_service(
+        &self,
+        request: Request<pb::SetServiceRequest>,
+    ) -> Answer<pb::SetServiceResponse> {
+        let request = request.into_inner();
+        self.change(request.request_id.clone(), |m| {
+            match request.part.as_ref() {
+                Some(pb::set_service_request::Part::NodeId(id)) => {
+                    let node = m.nodes.iter_mut().find(|n| n.node_id == *id);
+                    node.ok_or_else(|| Status::not_found("no such node"))?
+                        .service = request.service;
+                }
+                Some(pb::set_service_request::Part::DiskId(id)) => {
+                    let disk = m.disks.iter_mut().find(|d| d.disk_id == *id);
+                    disk.ok_or_else(|| Status::not_found("no such disk"))?
+                        .service = request.service;
+                }
+                None => return Err(Status::invalid_argument("part: missing")),
+            }
+            Ok(pb::SetServiceResponse {})
+        })
+    }
+    async fn get_repairs(&self, _: Request<pb::GetRepairsRequest>) -> Answer<pb::Repairs> {
+        self.read(|m| Ok(m.repairs.clone()))
     }
     async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::Pool> {
         let request = request.into_inner();

@@ -68,7 +68,7 @@ fn available(
     let mut near_room = 0_u64;
     for disk in disks {
         let node = nodes.iter().find(|n| n.node_id == disk.node_id);
-        if !disk.alive || disk.failed || !selected(spec, node, disk) {
+        if !disk.takes_replicas || !selected(spec, node, disk) {
             continue;
         }
         let room = room(spec, disk);
@@ -102,11 +102,8 @@ fn selected(spec: &pb::PoolSpec, node: Option<&pb::Node>, disk: &pb::Disk) -> bo
     })
 }
 
-/// What a disk may still promise. A disk that is full takes nothing, whatever it may promise.
+/// What a disk may still promise.
 fn room(spec: &pb::PoolSpec, disk: &pb::Disk) -> u64 {
-    if disk.used_bytes >= disk.capacity_bytes {
-        return 0;
-    }
     let percent = u128::from(spec.overprovision_percent.max(1));
     let limit = u128::from(disk.capacity_bytes) * percent / 100;
     let room = limit.saturating_sub(u128::from(disk.provisioned_bytes));
@@ -157,7 +154,7 @@ mod tests {
             node_name: node.into(),
             capacity_bytes: capacity,
             provisioned_bytes: provisioned,
-            alive: true,
+            takes_replicas: true,
             ..Default::default()
         }
     }
@@ -178,10 +175,10 @@ mod tests {
         let mut disks = [disk("a", 100, 0), disk("b", 100, 0), disk("c", 100, 40)];
         assert_eq!(available(&pool(3, 100), &[], &disks, None, None), 60);
         assert_eq!(available(&pool(3, 200), &[], &disks, None, None), 160);
-        disks[0].alive = false;
+        disks[0].takes_replicas = false;
         assert_eq!(available(&pool(3, 100), &[], &disks, None, None), 0);
         assert_eq!(available(&pool(3, 100), &[], &disks, Some(2), None), 60);
-        disks[1].used_bytes = 100;
+        disks[1].takes_replicas = false;
         assert_eq!(available(&pool(1, 100), &[], &disks, None, None), 60);
         let mut fast = pool(1, 100);
         if let Some(spec) = &mut fast.spec {

@@ -4,6 +4,7 @@ use super::answers::Remembered;
 use super::apply_volume::Purpose;
 use super::cluster::{Disk, Node, Pool, PoolSpec};
 use super::command::{Answer, Command, Operation, Refusal, Response};
+use super::service::Part;
 use super::{Change, State, validate};
 use ashlar_proto::ids::{ClusterId, DiskId, VolumeId};
 
@@ -85,6 +86,7 @@ impl Operation {
             Self::DeleteSchedule(_) => 36,
             Self::RecordRun { .. } => 37,
             Self::OpenToCare(_) => 38,
+            Self::SetService { .. } => 39,
         }
     }
 
@@ -105,6 +107,7 @@ impl Operation {
                 | Self::SetFlattenPolicy { .. }
                 | Self::CreateSchedule(_)
                 | Self::PauseSchedule { .. }
+                | Self::SetService { .. }
         )
     }
 }
@@ -170,6 +173,7 @@ fn execute(state: &mut State, operation: &Operation) -> Response {
         } => state.pause_schedule(name, *paused, *now_unix_ms),
         Operation::DeleteSchedule(name) => state.delete_schedule(name),
         Operation::RecordRun { schedule, run } => state.record_run(*schedule, run),
+        Operation::SetService { part, service } => state.set_service(*part, *service),
     }
 }
 
@@ -215,6 +219,7 @@ impl State {
                 )));
             }
             self.nodes.remove(&other.id);
+            self.services.remove(&Part::Node(other.id));
             self.node_by_name.remove(&other.name);
         }
         self.insert_node(node.clone());
@@ -262,12 +267,12 @@ impl State {
         let replicas = self.disk_use(id).replicas;
         if replicas > 0 {
             return Err(Refusal::precondition(format!(
-                "disk {id} still holds {replicas} replicas; move them away with `ashlar replica move` first (those of \
-                 deleted volumes go with their last snapshot, see `ashlar snapshot list`)"
+                "disk {id} still holds {replicas} replicas; move them away with `ashlar disk evacuate` first"
             )));
         }
         self.node_disks.remove(&(disk.node, id));
         self.disks.remove(&id);
+        self.services.remove(&Part::Disk(id));
         let (low, high) = ((id, VolumeId([0; 16])), (id, VolumeId([0xff; 16])));
         let gone: Vec<_> = self.garbage.range(low..=high).map(|(k, _)| *k).collect();
         for key in gone {

@@ -43,7 +43,7 @@ impl State {
                 validate::BATCH_MAX
             )));
         }
-        let volume = self.require_volume(change.volume)?.clone();
+        let volume = self.require_replicas(change.volume)?.clone();
         if !volume.is_current(change.client, change.epoch) {
             let reason = format!("the current epoch is {}", volume.epoch.0);
             return refused(&volume, reason);
@@ -84,7 +84,7 @@ impl State {
         epoch: Epoch,
         replicas: &[(GroupIndex, DiskId)],
     ) -> Response {
-        let volume = self.require_volume(id)?.clone();
+        let volume = self.require_replicas(id)?.clone();
         if volume.holder.is_none() {
             return Err(Refusal::precondition(format!(
                 "volume {} is not attached: a rebuild needs the holder's confirmation; it starts by itself when a client \
@@ -115,7 +115,7 @@ impl State {
     }
 
     pub(super) fn move_replica(&mut self, id: VolumeId, from: DiskId, to: DiskId) -> Response {
-        let volume = self.require_volume(id)?.clone();
+        let volume = self.require_replicas(id)?.clone();
         if from == to {
             return Err(Refusal::invalid("to_disk_id: the replica is already there"));
         }
@@ -146,6 +146,12 @@ impl State {
             }
             self.check_may_leave(&volume, from)?;
             self.check_move(&pool.spec, &volume, group, from, to)?;
+            if volume.is_unmade() {
+                group.retain(|r| r.disk != from);
+                group.push(Replica::new_in_sync(to));
+                dropped.push(from);
+                continue;
+            }
             for replica in group.iter_mut().filter(|r| r.disk == from) {
                 replica.leaving_for = Some(to);
             }

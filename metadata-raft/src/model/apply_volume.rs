@@ -11,6 +11,7 @@ use ashlar_proto::layers::LayerList;
 
 use super::cluster::PoolSpec;
 use super::command::{Answer, CreateVolume, OpenVolume, Refusal, Response};
+use super::service::Service;
 use super::volume::{AttachMode, Attachment, Replica, Volume, share_bytes};
 use super::{State, validate};
 
@@ -39,6 +40,14 @@ impl State {
             )));
         }
         Ok(volume)
+    }
+
+    /// The same for what is done with replicas: those of a hidden volume are cared for, too.
+    pub(super) fn require_replicas(&self, id: VolumeId) -> Result<&Arc<Volume>, Refusal> {
+        match self.volumes.get(&id).filter(|v| v.hidden) {
+            Some(hidden) => Ok(hidden),
+            None => self.require_volume(id),
+        }
     }
 
     /// The volume that a retried creation would get, or the refusal because the name is taken.
@@ -158,6 +167,12 @@ impl State {
                 "disk {id} does not belong to the volume's pool"
             )));
         }
+        if self.disk_service(id) != Service::InUse {
+            return Err(Refusal::precondition(format!(
+                "disk {id} is cordoned or draining, it or its node: nothing new is placed on it; choose another disk, or end that \
+                 with `ashlar disk uncordon` or `ashlar node uncordon`"
+            )));
+        }
         Ok(())
     }
 
@@ -238,7 +253,10 @@ impl State {
         if open.client.is_nil() {
             return Err(Refusal::invalid("client_id: must not be zero"));
         }
-        let volume = self.require_volume(open.volume)?;
+        let volume = match purpose {
+            Purpose::Use | Purpose::Revert => self.require_volume(open.volume)?,
+            Purpose::Care => self.require_replicas(open.volume)?,
+        };
         self.check_published(volume, open.node)?;
         self.check_may_write(volume, open.node)?;
         self.check_reverting(volume, purpose == Purpose::Revert)?;
@@ -308,7 +326,7 @@ impl State {
         epoch: Epoch,
         clean: bool,
     ) -> Response {
-        let volume = self.require_volume(id)?;
+        let volume = self.require_replicas(id)?;
         if volume.readers.iter().any(|r| r.client == client) {
             return self.leave_volume(id, client);
         }

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool, PoolSpec};
 use super::schedule::{Run, Schedule, ScheduleId};
+use super::service::{Part, Service};
 use super::snapshot::SnapshotGroup;
 use super::volume::{AttachMode, Format, Parent, Source, Volume};
 
@@ -206,6 +207,13 @@ pub enum Operation {
     },
     /// Grants a new epoch to a storage daemon that holds the volume so that it can be rebuilt ([`Volume::needs_care`]).
     OpenToCare(OpenVolume),
+    /// Takes a node or disk out of service, or back into it.
+    SetService {
+        /// Which.
+        part: Part,
+        /// What it is there for from now on.
+        service: Service,
+    },
 }
 
 /// See [`Operation::CloneVolume`].

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::answers::Remembered;
 use super::cluster::{Disk, FlattenPolicy, Labels, Node, Pool};
 use super::schedule::Schedule;
+use super::service::{Part, Service};
 use super::snapshot::Snapshot;
 use super::volume::Volume;
 use super::{State, check_state, image_v1, image_v2};
@@ -61,6 +62,7 @@ pub(super) enum Record {
     Snapshot(Arc<Snapshot>),
     FlattenPolicy(PoolId, FlattenPolicy),
     Schedule(Schedule),
+    Service(Part, Service),
 }
 
 fn config() -> bincode::config::Configuration<
@@ -103,6 +105,7 @@ impl State {
             attacher_labels: self.attacher_labels.clone(),
             flatten_policies: self.flatten_policies.clone(),
             schedules: self.schedules.clone(),
+            services: self.services.clone(),
             ..Self::default()
         }
     }
@@ -153,6 +156,9 @@ impl State {
         self.schedules
             .iter()
             .try_for_each(|s| put(Record::Schedule(s.clone())))?;
+        self.services
+            .iter()
+            .try_for_each(|(p, s)| put(Record::Service(*p, *s)))?;
         let bytes = bincode::serde::encode_to_vec(Record::End(count), config())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;
         out.write_all(&bytes)?;
@@ -225,6 +231,9 @@ impl State {
                 self.flatten_policies.insert(pool, policy);
             }
             Record::Schedule(schedule) => self.schedules.insert(schedule),
+            Record::Service(part, service) => {
+                self.services.insert(part, service);
+            }
             Record::End(_) => {}
         }
     }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_proto::ids::{DiskId, Epoch, ReplicaState, SnapshotId, SnapshotNumber};
 
+use super::service::{Part, Service};
 use super::snapshot::{Snapshot, SnapshotState, Snapshots};
 use super::volume::{AttachMode, FormatState, Volume};
 use super::{DiskUse, PoolUse, State, validate};
@@ -64,11 +65,12 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
     for (old, new) in before.groups.iter().zip(&after.groups) {
         for replica in new {
             let was = old.iter().find(|r| r.disk == replica.disk).map(|r| r.state);
-            let legal = match (was, replica.state) {
-                (None | Some(ReplicaState::Stale), state) => state != ReplicaState::InSync,
-                (Some(ReplicaState::Rebuilding), _) => true,
-                (Some(ReplicaState::InSync), state) => state != ReplicaState::Rebuilding,
-            };
+            let legal = before.is_unmade()
+                || match (was, replica.state) {
+                    (None | Some(ReplicaState::Stale), state) => state != ReplicaState::InSync,
+                    (Some(ReplicaState::Rebuilding), _) => true,
+                    (Some(ReplicaState::InSync), state) => state != ReplicaState::Rebuilding,
+                };
             require(legal, "illegal transition of a replica")?;
         }
         let removed = old.iter().filter(|r| !new.iter().any(|n| n.disk == r.disk));
@@ -80,7 +82,7 @@ pub fn check_transition(before: Option<&Volume>, after: &Volume) -> Check {
             });
             let abandoned = old.iter().any(|o| o.leaving_for == Some(replica.disk));
             require(
-                succeeded || abandoned,
+                succeeded || abandoned || before.is_unmade(),
                 "a replica leaves only for one in sync",
             )?;
         }
@@ -193,7 +195,7 @@ fn check_layers(volume: &Volume) -> Check {
         settled == volume.snapshot.0 || settled + 1 == volume.snapshot.0,
         "at most the highest number is pending",
     )?;
-    let unused = volume.holder.is_none()
+    let unused = volume.holder.as_ref().is_none_or(|_| volume.is_in_care())
         && volume.readers.is_empty()
         && volume.publications.is_empty()
         && !volume.is_snapshot_pending();
@@ -499,6 +501,16 @@ fn check_names(state: &State) -> Check {
         require(
             state.pool_by_name.get(&pool.name) == Some(&pool.id),
             "index of pool names",
+        )?;
+    }
+    for (part, service) in &state.services {
+        let exists = match part {
+            Part::Node(id) => state.nodes.contains_key(id),
+            Part::Disk(id) => state.disks.contains_key(id),
+        };
+        require(
+            exists && *service != Service::InUse,
+            "what is out of service",
         )?;
     }
     for disk in state.disks.values() {

@@ -24,6 +24,7 @@ mod image_v1;
 mod image_v2;
 mod invariants;
 mod schedule;
+mod service;
 mod snapshot;
 pub mod validate;
 pub mod view;
@@ -50,6 +51,7 @@ pub use image::{IMAGE_VERSION, ImageError};
 pub use invariants::{check_state, check_transition};
 pub(crate) use schedule::no_such_schedule;
 pub use schedule::{BackupTarget, KEEP_MAX, Outcome, Run, Schedule, ScheduleId, Schedules, Target};
+pub use service::{Part, Service};
 pub use snapshot::{Snapshot, SnapshotGroup, SnapshotState, Snapshots};
 pub use volume::{
     AttachMode, Attachment, Format, FormatState, Group, Parent, Replica, Source, Volume,
@@ -106,6 +108,8 @@ pub struct State {
     /// Of pools that said one.
     flatten_policies: BTreeMap<PoolId, FlattenPolicy>,
     schedules: Schedules,
+    /// Of nodes and disks that are not simply in use.
+    services: BTreeMap<Part, Service>,
 
     // Derived.
     node_by_name: BTreeMap<String, NodeId>,

@@ -15,13 +15,14 @@ mod random;
 mod readers;
 mod reverts;
 mod schedules;
+mod service;
 mod snapshots;
 
 fn key(n: u128) -> RequestKey {
     RequestKey(n.to_be_bytes())
 }
 
-fn id16(n: u8) -> [u8; 16] {
+const fn id16(n: u8) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[0] = n;
     bytes

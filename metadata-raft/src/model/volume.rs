@@ -250,9 +250,16 @@ impl Volume {
         let unused = (self.holder.is_none() || self.is_in_care())
             && self.readers.is_empty()
             && self.publications.is_empty();
-        let quiet = !self.hidden && self.reverting.is_none();
+        let quiet = self.reverting.is_none();
         let behind = |(_, r): (usize, &Replica)| r.state != ReplicaState::InSync;
-        unused && quiet && self.opened_once && self.all_replicas().any(behind)
+        let made = self.opened_once || self.source.is_some();
+        unused && quiet && made && self.all_replicas().any(behind)
+    }
+
+    /// Whether its replicas are still to be made, by the first who holds it: there is nothing on any disk. A clone is never
+    /// that: the disks may have copied what it inherited.
+    pub fn is_unmade(&self) -> bool {
+        !self.opened_once && self.source.is_none() && self.holder.is_none()
     }
 
     /// Whether `client` holds the volume and `epoch` is current (R0).

@@ -1,16 +1,17 @@
 //! Where replicas of new volumes go.
 //!
-//! Invariants: replicas of a group never share a failure domain; disks that are dead, outside of the
-//! pool or at their provisioning limit are not chosen. Among the rest the least filled wins, where
-//! filled is the mean of used and provisioned bytes relative to what is allowed; groups of one volume
-//! rotate over the disks because each choice counts at once.
+//! Invariants: replicas of a group never share a failure domain; disks that are dead, out of service, outside of the pool, nearly
+//! full ([`FULL_PERCENT`]) or at their provisioning limit are not chosen. Among the rest the least filled wins ([`Candidate::fill`]);
+//! groups of one volume rotate over the disks because each choice counts at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ashlar_proto::ids::{DiskId, NodeId};
+use ashlar_proto::ids::{DiskId, NodeId, PoolId};
 
 use super::DiskView;
-use crate::model::{Disk, Domain, PoolSpec, Refusal, State, Volume, share_bytes, validate};
+use crate::model::{
+    Disk, Domain, Pool, PoolSpec, Refusal, Service, State, Volume, share_bytes, validate,
+};
 
 /// Bytes for which a volume gets one group.
 const BYTES_PER_GROUP: u64 = 64 << 30;
@@ -32,45 +33,89 @@ pub struct Wish<'a> {
     pub require_preferred: bool,
 }
 
-struct Candidate<'a> {
-    disk: &'a Disk,
+/// Nothing is placed on a disk that is fuller than this.
+pub const FULL_PERCENT: u64 = 90;
+/// From here on used space weighs more.
+const NEARLY_FULL: u64 = 800_000;
+
+/// A disk that is considered.
+#[derive(Clone)]
+pub(super) struct Candidate<'a> {
+    pub(super) disk: &'a Disk,
     domain: Domain,
-    used: u64,
-    provisioned: u64,
+    /// By its replicas: it does not swing with what is being written.
+    pub(super) used: u64,
+    /// Also by writes that are in the log.
+    occupied: u64,
+    pub(super) provisioned: u64,
     limit: u64,
 }
 
-impl Candidate<'_> {
-    /// How full the disk would be with `more` bytes, in millionths; compared, never shown.
-    fn fill(&self, more: u64) -> u64 {
+impl<'a> Candidate<'a> {
+    pub(super) fn new(
+        state: &State,
+        view: &dyn DiskView,
+        spec: &PoolSpec,
+        disk: &'a Disk,
+    ) -> Option<Self> {
+        let node = state.node(disk.node)?;
+        spec.selects(disk, node).then(|| Self {
+            disk,
+            domain: Domain::of(spec.failure_domain, disk, node),
+            used: view.settled_bytes(disk.id),
+            occupied: view.used_bytes(disk.id),
+            provisioned: state.disk_use(disk.id).provisioned_bytes,
+            limit: spec.provision_limit(disk.capacity_bytes),
+        })
+    }
+
+    /// How full the disk would be with `more` bytes provisioned, in millionths: the mean of used and provisioned bytes relative to
+    /// what is allowed, and more than that when it becomes nearly full. It grows with both. Compared, never shown.
+    pub(super) fn fill(&self, more: u64) -> u64 {
         let millionths = |part: u64, whole: u64| {
             u64::try_from(u128::from(part) * 1_000_000 / u128::from(whole.max(1)))
                 .unwrap_or(u64::MAX)
         };
         let used = millionths(self.used, self.disk.capacity_bytes);
         let provisioned = millionths(self.provisioned.saturating_add(more), self.limit);
-        used.saturating_add(provisioned) / 2
+        let hurry = used.saturating_sub(NEARLY_FULL).saturating_mul(2);
+        (used.saturating_add(provisioned) / 2).saturating_add(hurry)
+    }
+
+    /// [`Self::fill`] with other provisioned and used bytes.
+    pub(super) fn with(&self, provisioned: impl Fn(u64) -> u64, used: impl Fn(u64) -> u64) -> u64 {
+        let changed = Self {
+            provisioned: provisioned(self.provisioned),
+            used: used(self.used),
+            ..self.clone()
+        };
+        changed.fill(0)
     }
 
     fn has_room(&self, more: u64) -> bool {
-        self.provisioned.saturating_add(more) <= self.limit && self.used < self.disk.capacity_bytes
+        self.provisioned.saturating_add(more) <= self.limit
+            && is_below(self.occupied, self.disk.capacity_bytes, FULL_PERCENT)
     }
 }
 
 fn candidates<'a>(state: &'a State, view: &dyn DiskView, spec: &PoolSpec) -> Vec<Candidate<'a>> {
-    state
-        .disks()
-        .filter_map(|disk| {
-            let node = state.node(disk.node)?;
-            (spec.selects(disk, node) && view.alive(disk.id)).then(|| Candidate {
-                disk,
-                domain: Domain::of(spec.failure_domain, disk, node),
-                used: view.used_bytes(disk.id),
-                provisioned: state.disk_use(disk.id).provisioned_bytes,
-                limit: spec.provision_limit(disk.capacity_bytes),
-            })
-        })
+    let disks = state.disks();
+    disks
+        .filter(|d| view.alive(d.id) && state.disk_service(d.id) == Service::InUse)
+        .filter_map(|disk| Candidate::new(state, view, spec, disk))
         .collect()
+}
+
+/// Whether new replicas may be placed on a disk, as far as that does not depend on what they are.
+pub fn takes_replicas(state: &State, view: &dyn DiskView, disk: &Disk) -> bool {
+    view.alive(disk.id)
+        && state.disk_service(disk.id) == Service::InUse
+        && is_below(view.used_bytes(disk.id), disk.capacity_bytes, FULL_PERCENT)
+}
+
+/// Whether less than so many per cent are used.
+pub(super) fn is_below(used: u64, capacity: u64, percent: u64) -> bool {
+    u128::from(used) * 100 < u128::from(capacity) * u128::from(percent)
 }
 
 /// Number of groups for a volume: one per 64 GiB, at most one per disk and 64.
@@ -93,8 +138,8 @@ pub fn place(
         .len();
     if domains < usize::from(wish.replicas) {
         return Err(Refusal::exhausted(format!(
-            "{} replicas need as many {}s with living disks, the pool has {domains}; add some, ask for fewer replicas, or \
-             create a pool with another failure domain",
+            "{} replicas need as many {}s with living disks in service, the pool has {domains}; add some, end a cordon, ask for \
+             fewer replicas, or create a pool with another failure domain",
             wish.replicas,
             domain_name(wish.pool)
         )));
@@ -145,8 +190,8 @@ fn domain_name(spec: &PoolSpec) -> &'static str {
 
 fn no_room(wish: &Wish<'_>, share: u64) -> Refusal {
     Refusal::exhausted(format!(
-        "no room for {} replicas of {share} bytes in different {}s within {} % of the capacity; add disks to the pool, ask for \
-         less, or raise the pool's over-provisioning",
+        "no room for {} replicas of {share} bytes in different {}s, on disks in service that are less than {FULL_PERCENT} % full, \
+         within {} % of the capacity; add disks to the pool, ask for less, or raise the pool's over-provisioning",
         wish.replicas,
         domain_name(wish.pool),
         wish.pool.overprovision_percent
@@ -172,8 +217,128 @@ fn choose(
         .map(|(index, _)| index)
 }
 
-/// Bytes that were placed on disks but are not in the state yet.
-pub type Planned = BTreeMap<DiskId, u64>;
+/// Where a replica moves to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// To this disk; it counts at once.
+    On(DiskId),
+    /// There are disks that will do, but all have as much to do as they may.
+    Crowded,
+    /// There is none.
+    Nowhere(Refusal),
+}
+
+/// Chooses disks for replicas that move, one after the other: what it placed counts for what comes next.
+pub struct Placer<'a> {
+    state: &'a State,
+    view: &'a dyn DiskView,
+    /// Rebuilds onto one disk at a time.
+    per_disk: u32,
+    pools: BTreeMap<PoolId, Vec<Candidate<'a>>>,
+    /// Bytes and number of replicas placed so far.
+    placed: BTreeMap<DiskId, (u64, u32)>,
+}
+
+impl<'a> Placer<'a> {
+    /// Nothing placed yet.
+    pub fn new(state: &'a State, view: &'a dyn DiskView, per_disk: u32) -> Self {
+        Self {
+            state,
+            view,
+            per_disk,
+            pools: BTreeMap::new(),
+            placed: BTreeMap::new(),
+        }
+    }
+
+    /// Changes how many rebuilds onto one disk there may be from now on.
+    pub fn set_per_disk(&mut self, per_disk: u32) {
+        self.per_disk = per_disk;
+    }
+
+    /// Finds a disk for what a volume has on `from`; `wanted` if it will do.
+    pub fn place(&mut self, volume: &Volume, from: DiskId, wanted: Option<DiskId>) -> Place {
+        let fits = self.fitting(volume, from);
+        let (pool, fits) = match fits {
+            Ok(fits) => fits,
+            Err(refusal) => return Place::Nowhere(refusal),
+        };
+        if fits.is_empty() {
+            return Place::Nowhere(Refusal::exhausted(format!(
+                "no living disk of pool {pool} outside of the other replicas' failure domains has room; add one, end a cordon \
+                 (`ashlar node list`, `ashlar disk list`), or name one"
+            )));
+        }
+        let share = volume.share_bytes();
+        let free = fits.iter().filter(|c| !self.is_crowded(c.disk.id));
+        let best = free.min_by_key(|c| (Some(c.disk.id) != wanted, c.fill(share), c.disk.id));
+        match best.map(|c| c.disk.id) {
+            None => Place::Crowded,
+            Some(disk) => {
+                self.count(disk, share);
+                Place::On(disk)
+            }
+        }
+    }
+
+    /// The disks that may get what a volume has on `from`, with what was placed so far; and the pool's name.
+    pub(super) fn fitting(
+        &mut self,
+        volume: &Volume,
+        from: DiskId,
+    ) -> Result<(&'a str, Vec<Candidate<'a>>), Refusal> {
+        let pool = self
+            .state
+            .pool(volume.pool)
+            .ok_or_else(|| Refusal::internal("volume without a pool"))?;
+        let level = pool.spec.failure_domain;
+        let mut taken = BTreeSet::new();
+        let mut present = BTreeSet::new();
+        let groups = volume.groups.iter();
+        for replica in groups
+            .filter(|g| g.iter().any(|r| r.disk == from))
+            .flatten()
+        {
+            present.insert(replica.disk);
+            if replica.disk != from {
+                taken.extend(self.state.domain_of(level, replica.disk));
+            }
+        }
+        let share = volume.share_bytes();
+        let mut fits = self.disks(pool);
+        fits.retain(|c| {
+            !present.contains(&c.disk.id) && !taken.contains(&c.domain) && c.has_room(share)
+        });
+        Ok((&pool.name, fits))
+    }
+
+    /// The disks of a pool that replicas may be placed on, with what was placed so far.
+    pub(super) fn disks(&mut self, pool: &'a Pool) -> Vec<Candidate<'a>> {
+        let (state, view) = (self.state, self.view);
+        let all = self.pools.entry(pool.id);
+        let all = all.or_insert_with(|| candidates(state, view, &pool.spec));
+        let placed = &self.placed;
+        let with_placed = all.iter().map(|c| {
+            let (more, _) = placed.get(&c.disk.id).copied().unwrap_or_default();
+            Candidate {
+                provisioned: c.provisioned.saturating_add(more),
+                ..c.clone()
+            }
+        });
+        with_placed.collect()
+    }
+
+    pub(super) fn is_crowded(&self, disk: DiskId) -> bool {
+        let (_, here) = self.placed.get(&disk).copied().unwrap_or_default();
+        self.state.disk_use(disk).rebuilding + here >= self.per_disk
+    }
+
+    pub(super) fn count(&mut self, disk: DiskId, bytes: u64) {
+        let (sum, number) = self.placed.entry(disk).or_default();
+        *sum = sum.saturating_add(bytes);
+        *number += 1;
+    }
+}
 
 /// Chooses the disk to which a volume's replica moves.
 pub fn place_move(
@@ -181,36 +346,10 @@ pub fn place_move(
     view: &dyn DiskView,
     volume: &Volume,
     from: DiskId,
-    planned: &Planned,
 ) -> Result<DiskId, Refusal> {
-    let pool = state
-        .pool(volume.pool)
-        .ok_or_else(|| Refusal::internal("volume without a pool"))?;
-    let mut taken = BTreeSet::new();
-    let mut present = BTreeMap::new();
-    for group in volume
-        .groups
-        .iter()
-        .filter(|g| g.iter().any(|r| r.disk == from))
-    {
-        for replica in group {
-            present.insert(replica.disk, ());
-            if replica.disk != from {
-                taken.extend(state.domain_of(pool.spec.failure_domain, replica.disk));
-            }
-        }
+    match Placer::new(state, view, u32::MAX).place(volume, from, None) {
+        Place::On(disk) => Ok(disk),
+        Place::Crowded => Err(Refusal::internal("no disk has to wait here")),
+        Place::Nowhere(refusal) => Err(refusal),
     }
-    let mut candidates = candidates(state, view, &pool.spec);
-    candidates.retain(|c| !present.contains_key(&c.disk.id));
-    for candidate in &mut candidates {
-        let more = planned.get(&candidate.disk.id).copied().unwrap_or(0);
-        candidate.provisioned = candidate.provisioned.saturating_add(more);
-    }
-    choose(&candidates, &taken, volume.share_bytes(), None).map(|index| candidates[index].disk.id).ok_or_else(|| {
-        Refusal::exhausted(format!(
-            "no living disk of pool {} outside of the other replicas' failure domains has room; add one, or name one with \
-             to_disk_id",
-            pool.name
-        ))
-    })
 }

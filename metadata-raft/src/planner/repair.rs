@@ -2,13 +2,14 @@
 //!
 //! A stale replica of an attached volume is rebuilt as soon as its disk is alive, within the caps, volumes with the fewest good
 //! copies first; all such replicas of a volume begin in one command, because each new epoch restarts the volume's other rebuilds
-//! (R7). Volumes without a holder are left alone: their rebuild needs somebody who holds them (`care`).
+//! (R7). No whole replica is begun on a disk that is nearly full. Volumes without a holder are left alone: their rebuild needs somebody who holds them (`care`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_proto::ids::{DiskId, GroupIndex, ReplicaState, VolumeId};
 
 use super::DiskView;
+use super::placement::is_below;
 use crate::model::{Operation, Replica, State, Volume};
 
 /// Rebuilds at a time.
@@ -29,6 +30,8 @@ impl Default for Caps {
     }
 }
 
+/// No whole replica is built on a disk that is fuller than this; what was begun goes on.
+const FULL_PERCENT: u64 = 95;
 /// Volumes looked at per disk and round, so that a round is bounded.
 const VOLUMES_PER_DISK_MAX: usize = 4096;
 
@@ -70,6 +73,7 @@ pub fn plan(
         for (group, replica) in volume.all_replicas() {
             let wanted = replica.state == ReplicaState::Stale
                 && view.alive(replica.disk)
+                && (replica.incarnation.0 != 0 || has_room(state, view, replica.disk))
                 && ready(id, replica.disk);
             let planned = per_disk
                 .entry(replica.disk)
@@ -93,6 +97,12 @@ pub fn plan(
         }
     }
     plan
+}
+
+/// Whether a whole replica may be built on the disk. One that was there already only catches up.
+fn has_room(state: &State, view: &dyn DiskView, disk: DiskId) -> bool {
+    let capacity = state.disk(disk).map_or(0, |d| d.capacity_bytes);
+    is_below(view.used_bytes(disk), capacity, FULL_PERCENT)
 }
 
 /// Living replicas in sync of the volume's worst group among those that a rebuild helps.

@@ -7,18 +7,21 @@ use ashlar_proto::ids::{
 };
 
 use super::DiskView;
-use super::placement::{Planned, Wish, group_count, place, place_move};
+use super::placement::{Wish, group_count, place, place_move};
 use super::repair::{Caps, plan};
-use super::{care, heal};
+use super::{balance, care, moves};
 use crate::model::{
     ChangeReplicas, Command, CreateVolume, Disk, FailureDomain, Labels, Node, OpenVolume,
     Operation, Pool, PoolSpec, RefusalCode, ReplicaChange, RequestKey, State, ZONE_LABEL, apply,
 };
 
+mod service;
+
 #[derive(Default)]
 struct Fake {
     dead: BTreeSet<DiskId>,
     used: BTreeMap<DiskId, u64>,
+    replicas: BTreeMap<VolumeId, u64>,
 }
 
 impl DiskView for Fake {
@@ -27,6 +30,12 @@ impl DiskView for Fake {
     }
     fn used_bytes(&self, disk: DiskId) -> u64 {
         self.used.get(&disk).copied().unwrap_or(0)
+    }
+    fn settled_bytes(&self, disk: DiskId) -> u64 {
+        self.used_bytes(disk)
+    }
+    fn replica_bytes(&self, _: DiskId, volume: VolumeId) -> u64 {
+        self.replicas.get(&volume).copied().unwrap_or(0)
     }
 }
 
@@ -142,7 +151,7 @@ fn groups_spread_evenly() {
 fn dead_and_full_disks_are_avoided() {
     let (state, spec) = cluster(4, 1, FailureDomain::Node);
     let mut view = Fake::default();
-    view.used.insert(disk_id(1, 1), 90 * GIB);
+    view.used.insert(disk_id(1, 1), 89 * GIB);
     let groups = place(&state, &view, &wish(&spec, GIB)).unwrap();
     assert!(!groups[0].contains(&disk_id(1, 1)));
     view.dead.insert(disk_id(2, 1));
@@ -311,22 +320,23 @@ fn a_move_goes_to_a_free_domain() {
     let mut view = Fake::default();
     view.used.insert(disk_id(4, 1), 50 * GIB);
     assert_eq!(
-        place_move(&state, &view, volume, disk_id(1, 1), &Planned::new()).unwrap(),
+        place_move(&state, &view, volume, disk_id(1, 1)).unwrap(),
         disk_id(5, 1)
     );
     view.dead.insert(disk_id(5, 1));
     assert_eq!(
-        place_move(&state, &view, volume, disk_id(1, 1), &Planned::new()).unwrap(),
+        place_move(&state, &view, volume, disk_id(1, 1)).unwrap(),
         disk_id(4, 1)
     );
 }
 
-fn moved(from: DiskId, to: DiskId) -> Operation {
-    Operation::MoveReplica {
-        volume: VOLUME,
-        from,
-        to,
-    }
+/// Where `VOLUME` goes, or others.
+fn moved(plan: &moves::MovePlan) -> Vec<(DiskId, DiskId)> {
+    plan.moves.iter().map(|m| (m.from, m.to)).collect()
+}
+
+fn heal(state: &State, view: &Fake, lost: impl Fn(DiskId) -> bool) -> moves::MovePlan {
+    moves::plan(state, view, moves::Caps::default(), lost, None)
 }
 
 #[test]
@@ -334,28 +344,21 @@ fn a_lost_replica_moves_once_to_a_disk_that_lives() {
     let mut state = degraded();
     let mut view = Fake::default();
     view.dead.insert(disk_id(1, 1));
-    let caps = Caps::default();
     let one = |disk| disk == disk_id(1, 1);
-    let nothing = heal::plan(&state, &view, caps, |_| false);
-    assert_eq!(nothing, heal::HealPlan::default());
+    let nothing = heal(&state, &view, |_| false);
+    assert_eq!(nothing, moves::MovePlan::default());
     view.used.insert(disk_id(4, 1), GIB);
-    let plan = heal::plan(&state, &view, caps, one);
-    assert_eq!(plan.operations, [moved(disk_id(1, 1), disk_id(5, 1))]);
-    run(&mut state, plan.operations[0].clone());
-    assert_eq!(
-        heal::plan(&state, &view, caps, one),
-        heal::HealPlan::default()
-    );
+    let plan = heal(&state, &view, one);
+    assert_eq!(moved(&plan), [(disk_id(1, 1), disk_id(5, 1))]);
+    run(&mut state, plan.moves[0].operation());
+    assert_eq!(heal(&state, &view, one), moves::MovePlan::default());
     // The new one is lost as well: another takes its place.
     view.dead.insert(disk_id(5, 1));
     let both = |disk| disk == disk_id(1, 1) || disk == disk_id(5, 1);
-    let plan = heal::plan(&state, &view, caps, both);
-    assert_eq!(plan.operations, [moved(disk_id(1, 1), disk_id(4, 1))]);
-    run(&mut state, plan.operations[0].clone());
-    assert_eq!(
-        heal::plan(&state, &view, caps, both),
-        heal::HealPlan::default()
-    );
+    let plan = heal(&state, &view, both);
+    assert_eq!(moved(&plan), [(disk_id(1, 1), disk_id(4, 1))]);
+    run(&mut state, plan.moves[0].operation());
+    assert_eq!(heal(&state, &view, both), moves::MovePlan::default());
 }
 
 #[test]
@@ -366,14 +369,11 @@ fn what_cannot_be_rebuilt_or_placed_stays() {
     // No living copy: nothing to rebuild from.
     view.dead
         .extend([disk_id(1, 1), disk_id(2, 1), disk_id(3, 1)]);
-    assert_eq!(
-        heal::plan(&state, &view, Caps::default(), one),
-        heal::HealPlan::default()
-    );
+    assert_eq!(heal(&state, &view, one), moves::MovePlan::default());
     // No disk to go to.
     view.dead = [disk_id(1, 1), disk_id(4, 1), disk_id(5, 1)].into();
-    let plan = heal::plan(&state, &view, Caps::default(), one);
-    assert!(plan.operations.is_empty());
+    let plan = heal(&state, &view, one);
+    assert!(plan.moves.is_empty());
     assert_eq!(plan.unplaced.len(), 1);
     assert_eq!(plan.unplaced[0].disk, disk_id(1, 1));
     // No budget.
@@ -388,8 +388,12 @@ fn what_cannot_be_rebuilt_or_placed_stays() {
             disk: 0,
         },
     ] {
-        let plan = heal::plan(&state, &view, caps, one);
-        assert_eq!((plan.operations.len(), plan.waiting), (0, 1));
+        let caps = moves::Caps {
+            lost: caps,
+            ..moves::Caps::default()
+        };
+        let plan = moves::plan(&state, &view, caps, one, None);
+        assert_eq!((plan.moves.len(), plan.waiting), (0, 1));
     }
 }
 
@@ -421,16 +425,9 @@ fn fewest_good_copies_go_first_and_what_is_planned_counts() {
     }
     let mut view = Fake::default();
     view.dead.insert(disk_id(1, 1));
-    let plan = heal::plan(&state, &view, Caps::default(), |d| d == disk_id(1, 1));
-    assert_eq!(plan.operations.len(), 6, "{plan:?}");
-    let order: Vec<_> = plan
-        .operations
-        .iter()
-        .map(|o| match o {
-            Operation::MoveReplica { volume, to, .. } => (*volume, *to),
-            other => panic!("{other:?}"),
-        })
-        .collect();
+    let plan = heal(&state, &view, |d| d == disk_id(1, 1));
+    assert_eq!(plan.moves.len(), 6, "{plan:?}");
+    let order: Vec<_> = plan.moves.iter().map(|m| (m.volume, m.to)).collect();
     assert_eq!(order[0].0, volume(4), "one copy left");
     let mut per_disk = BTreeMap::<DiskId, u32>::new();
     order

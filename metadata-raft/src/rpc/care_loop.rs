@@ -106,6 +106,7 @@ impl Member {
         let volumes = volumes.map(|v| pb::Care {
             volume_id: v.id.to_vec(),
             volume_name: v.name.clone(),
+            first_open: !v.opened_once && (v.source.is_none() || v.parent.is_some()),
         });
         Some(pb::CareOrders {
             volumes: volumes.collect(),

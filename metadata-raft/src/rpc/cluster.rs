@@ -12,11 +12,12 @@ use tonic::Status;
 use super::convert;
 use super::liveness::{DiskReport, View};
 use super::member::{Fault, Member, write_fault};
+use super::part_service;
 use crate::model::{
-    Answer, Attacher, Command, Disk, FlattenPolicy, Node, Operation, Pool, RequestKey, State,
+    Answer, Attacher, Command, Disk, FlattenPolicy, Node, Operation, Part, Pool, RequestKey, State,
     attacher_id, view,
 };
-use crate::planner::DiskView;
+use crate::planner::{DiskView, placement};
 
 /// Most voters.
 const VOTERS_MAX: usize = 7;
@@ -309,9 +310,12 @@ impl Member {
                 });
                 response.known &= registered;
                 if registered {
+                    let volumes = volume_bytes(status);
                     let report = DiskReport {
+                        settled_bytes: volumes.iter().map(|(_, bytes)| bytes).sum(),
                         used_bytes: status.used_bytes,
                         failed: status.failed,
+                        volumes,
                     };
                     reports.push((id, report));
                 }
@@ -481,6 +485,15 @@ impl Member {
     }
 }
 
+/// What volumes use on a disk.
+fn volume_bytes(status: &pb::DiskStatus) -> Vec<(VolumeId, u64)> {
+    let ids = status.volumes.iter().map(|v| VolumeId::from_slice(v));
+    let told = ids.zip(&status.volume_bytes);
+    let mut volumes: Vec<_> = told.filter_map(|(id, bytes)| Some((id?, *bytes))).collect();
+    volumes.sort_unstable();
+    volumes
+}
+
 /// What a disk is to drop, and what it has dropped.
 fn garbage(
     state: &State,
@@ -521,6 +534,7 @@ fn node_message(node: &Node, view: &View<'_>) -> pb::Node {
         last_heartbeat_age_ms: age.map_or(u64::MAX, |a| {
             u64::try_from(a.as_millis()).unwrap_or(u64::MAX)
         }),
+        service: part_service::message(view.state.service(Part::Node(node.id))).into(),
     }
 }
 
@@ -544,5 +558,7 @@ fn disk_message(state: &State, disk: &Disk, view: &View<'_>) -> pb::Disk {
         failed: report.failed,
         replica_count: usage.replicas,
         provisioned_bytes: usage.provisioned_bytes,
+        service: part_service::message(state.disk_service(disk.id)).into(),
+        takes_replicas: placement::takes_replicas(state, view, disk),
     }
 }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ashlar_proto::ids::{DiskId, NodeId};
+use ashlar_proto::ids::{DiskId, NodeId, VolumeId};
 
 use super::layers::DiskLayers;
 use crate::model::State;
@@ -24,6 +24,10 @@ pub struct DiskReport {
     pub used_bytes: u64,
     /// The disk poisoned itself.
     pub failed: bool,
+    /// Sum of the following.
+    pub settled_bytes: u64,
+    /// Bytes that volumes use on it, in the order of their identities.
+    pub volumes: Vec<(VolumeId, u64)>,
 }
 
 /// What this member heard while it leads.
@@ -88,8 +92,14 @@ impl Liveness {
     }
 
     /// The last report of a disk.
-    pub fn disk(&self, disk: DiskId) -> DiskReport {
-        self.disks.get(&disk).cloned().unwrap_or_default()
+    pub fn disk(&self, disk: DiskId) -> &DiskReport {
+        static NONE: DiskReport = DiskReport {
+            used_bytes: 0,
+            failed: false,
+            settled_bytes: 0,
+            volumes: Vec::new(),
+        };
+        self.disks.get(&disk).unwrap_or(&NONE)
     }
 }
 
@@ -124,5 +134,15 @@ impl DiskView for View<'_> {
 
     fn used_bytes(&self, disk: DiskId) -> u64 {
         self.liveness.disk(disk).used_bytes
+    }
+
+    fn settled_bytes(&self, disk: DiskId) -> u64 {
+        self.liveness.disk(disk).settled_bytes
+    }
+
+    fn replica_bytes(&self, disk: DiskId, volume: VolumeId) -> u64 {
+        let volumes = &self.liveness.disk(disk).volumes;
+        let found = volumes.binary_search_by_key(&volume, |(id, _)| *id);
+        found.map_or(0, |at| volumes[at].1)
     }
 }

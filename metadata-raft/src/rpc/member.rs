@@ -85,6 +85,10 @@ pub struct Member {
     pub(crate) role: watch::Receiver<Role>,
     /// Something may be repairable.
     pub(crate) repair: Notify,
+    /// Wakes the loop that moves replicas.
+    pub(super) moves: Notify,
+    /// What that loop found last.
+    pub(super) repairs: Mutex<pb::Repairs>,
     /// Schedules changed.
     pub(super) schedules: Notify,
     /// Snapshots that calls of this member take.
@@ -127,6 +131,8 @@ impl Member {
             shared,
             role,
             repair: Notify::new(),
+            moves: Notify::new(),
+            repairs: Mutex::default(),
             schedules: Notify::new(),
             takings: Takings::default(),
             care: CareBoard::default(),

@@ -2,7 +2,7 @@
 //!
 //! Invariant: one pass over the volumes per scrape, under the state's read lock, nothing in between.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use ashlar_platform::observe::{Metric, Observer, Scrape};
 use ashlar_proto::ids::ReplicaState;
@@ -55,7 +55,7 @@ impl Counts {
             (false, false) => self.degraded += 1,
             (false, true) => self.ok += 1,
         }
-        if volume.holder.is_some() {
+        if volume.holder.is_some() && !volume.is_in_care() {
             self.attached += 1;
             self.silent += u64::from(!node_alive(volume));
         }
@@ -109,6 +109,10 @@ impl Member {
         scrape.set(&metrics::MEMBERS, &["learner"], learners);
         if leads {
             self.with_view(|state, view| collect_cluster(scrape, state, view));
+            let repairs = self.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+            let put = |label: &str, n: u32| scrape.set(&metrics::REPLICAS_TO_MOVE, &[label], n);
+            put("waiting", repairs.waiting);
+            put("unplaced", repairs.unplaced_total);
         }
     }
 

@@ -168,7 +168,7 @@ impl Running {
         let tasks = vec![
             tokio::spawn(follow_role(member.clone(), role.clone(), contact)),
             tokio::spawn(super::repair_loop::run(member.clone())),
-            tokio::spawn(super::heal_loop::run(member.clone(), options.replace_after)),
+            tokio::spawn(super::move_loop::run(member.clone(), options.replace_after)),
             tokio::spawn(super::care_loop::run(member.clone())),
             tokio::spawn(super::snapshot_loop::run(member.clone())),
             tokio::spawn(super::schedule_loop::run(member.clone())),

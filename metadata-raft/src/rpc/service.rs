@@ -91,6 +91,8 @@ routed! {
     list_nodes: pb::ListNodesRequest => pb::ListNodesResponse;
     list_disks: pb::ListDisksRequest => pb::ListDisksResponse;
     remove_disk: pb::RemoveDiskRequest => pb::RemoveDiskResponse;
+    set_service: pb::SetServiceRequest => pb::SetServiceResponse;
+    get_repairs: pb::GetRepairsRequest => pb::Repairs;
     create_pool: pb::CreatePoolRequest => pb::Pool;
     update_pool: pb::UpdatePoolRequest => pb::Pool;
     delete_pool: pb::DeletePoolRequest => pb::DeletePoolResponse;

@@ -359,9 +359,7 @@ impl Member {
             return Ok(view::volume(&self.shared.state(), volume));
         }
         let to = if request.to_disk_id.is_empty() {
-            self.with_view(|state, view| {
-                placement::place_move(state, view, &volume, from, &placement::Planned::new())
-            })?
+            self.with_view(|state, view| placement::place_move(state, view, &volume, from))?
         } else {
             convert::id("to_disk_id", &request.to_disk_id, DiskId::from_slice)?
         };

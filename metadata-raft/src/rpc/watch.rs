@@ -19,7 +19,7 @@ use tonic::Status;
 
 use super::convert;
 use super::member::{Member, Role};
-use crate::model::Change;
+use crate::model::{Change, Volume};
 use crate::raft::state_machine::Changes;
 
 /// Volumes that one watch may name.
@@ -160,7 +160,9 @@ impl Watcher {
 
     fn event(&mut self, id: VolumeId) -> Option<pb::VolumeEvent> {
         let state = self.member.shared.state();
-        let Some(volume) = state.volume(id).filter(|v| !v.hidden) else {
+        let named = self.named.is_some();
+        let shown = |v: &&Arc<Volume>| !v.hidden || (named && v.is_in_care());
+        let Some(volume) = state.volume(id).filter(shown) else {
             let told = self.sent.get(&id).is_some_and(Option::is_none);
             if told || (self.named.is_none() && !self.sent.contains_key(&id)) {
                 return None;

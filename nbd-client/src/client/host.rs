@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ashlar_proto::ids::{ClientId, Epoch, NodeId, SnapshotId, VolumeId};
+use ashlar_proto::rpc::metadata as pb;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -94,6 +95,17 @@ impl OpenSpec {
             care: false,
         }
     }
+}
+
+/// Whether a volume began as a copy of another.
+pub fn is_clone(volume: &pb::Volume) -> bool {
+    !volume.source_snapshot_id.is_empty() || !volume.source_volume_id.is_empty()
+}
+
+/// Whether replicas that are missing are to be made by who opens it now ([`OpenSpec::first_open`]): no holder has made them yet.
+/// Those of a clone that was cut off its parent exist, with what the disks copied: a missing one is lost, not new.
+pub fn is_first_open(volume: &pb::Volume) -> bool {
+    !volume.opened_once && (!is_clone(volume) || volume.parent.is_some())
 }
 
 /// A snapshot to read.

@@ -35,7 +35,7 @@ mod worker_handle;
 pub use engine_trait::VolumeEngine;
 pub use host::{
     Ended, Host, HostConfig, HostError, HostThreads, HostedVolume, OpenSpec, Phase, SnapshotSpec,
-    VolumeStatus,
+    VolumeStatus, is_clone, is_first_open,
 };
 pub use messages::{AskReply, Endpoint, FromWorker, PassedSocket, ToWorker, VolumeSetup};
 pub use metadata::BadAddress;

@@ -11,7 +11,7 @@ use tokio::net::UnixListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tonic::Status;
 
-use super::host::{Host, HostConfig, HostError, HostedVolume, OpenSpec, Phase};
+use super::host::{Host, HostConfig, HostError, HostedVolume, OpenSpec, Phase, is_first_open};
 use super::messages::Endpoint;
 use super::metadata::Members;
 use super::snapshot_reader::find_snapshot;
@@ -217,7 +217,7 @@ async fn find_volumes(
             read_only: config.read_only,
             force: config.force,
             node,
-            first_open: !found.opened_once,
+            first_open: is_first_open(&found),
             ..OpenSpec::new(volume, spec.name.clone(), spec.endpoint.clone())
         });
     }

@@ -90,7 +90,7 @@ impl Session {
         if !configured || !waited {
             return;
         }
-        if self.first_open && !self.view.opened_once {
+        if !self.view.opened_once {
             self.confirm_creation();
         } else {
             self.serve();

@@ -15,7 +15,10 @@ use super::error::NodeError;
 use super::loopdev::{self, Place};
 use super::record::{Kind, Record};
 use super::recovery;
-use crate::client::{Ended, Endpoint, HostedVolume, OpenSpec, PassedSocket, Phase, VolumeStatus};
+use crate::client::{
+    Ended, Endpoint, HostedVolume, OpenSpec, PassedSocket, Phase, VolumeStatus, is_clone,
+    is_first_open,
+};
 use crate::engine::{ClientOp, ClientReply};
 
 /// Connections of a device unless told otherwise.
@@ -213,7 +216,7 @@ impl Attachments {
                 read_only: request.read_only,
                 force: request.force,
                 node,
-                first_open: !volume.opened_once,
+                first_open: is_first_open(volume),
                 ..OpenSpec::new(claim.volume, volume.name.clone(), self.endpoint(&record))
             })
             .await;
@@ -225,8 +228,8 @@ impl Attachments {
             supervisor: None,
         });
         let status = wait_served(&hosted, OPEN_TIMEOUT).await?;
-        // A clone has what it inherits.
-        let written = volume.opened_once || volume.parent.is_some();
+        // A clone has what it inherits, or what its disks copied of that.
+        let written = volume.opened_once || is_clone(volume);
         let data = match (request.probe_data, written) {
             (false, _) => None,
             // Nobody was ever served: nobody can have written.

@@ -18,7 +18,7 @@ use super::device;
 use super::error::NodeError;
 use super::loopdev;
 use super::record::{Kind, Record};
-use crate::client::{Ended, HostedVolume, OpenSpec, PassedSocket, Phase};
+use crate::client::{Ended, HostedVolume, OpenSpec, PassedSocket, Phase, is_first_open};
 
 /// Pause between offers of a socket that the kernel does not want yet; doubles.
 const OFFER_PAUSE_MIN: Duration = Duration::from_millis(10);
@@ -53,7 +53,7 @@ pub(super) fn verdict(volume: &pb::Volume, client: ClientId, closed: Option<u64>
         }
     }
     Verdict::Open {
-        first_open: !volume.opened_once,
+        first_open: is_first_open(volume),
     }
 }
 
@@ -388,6 +388,7 @@ pub(super) async fn fit_size(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::is_clone;
 
     fn volume(holder: Option<ClientId>, epoch: u64) -> pb::Volume {
         pb::Volume {
@@ -400,6 +401,27 @@ mod tests {
             }),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn what_a_clone_s_disks_copied_is_not_made_anew() {
+        let new = pb::Volume::default();
+        let clone = pb::Volume {
+            source_volume_id: vec![1; 16],
+            parent: Some(pb::VolumeParent::default()),
+            ..new.clone()
+        };
+        let cut = pb::Volume {
+            parent: None,
+            ..clone.clone()
+        };
+        let used = pb::Volume {
+            opened_once: true,
+            ..new.clone()
+        };
+        let first = [&new, &clone, &cut, &used].map(is_first_open);
+        assert_eq!(first, [true, true, false, false]);
+        assert_eq!([&new, &cut].map(is_clone), [false, true]);
     }
 
     #[test]

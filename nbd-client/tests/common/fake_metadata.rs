@@ -161,6 +161,8 @@ macro_rules! unserved {
 unserved! {
     get_cluster(GetClusterRequest) -> Cluster;
     add_member(AddMemberRequest) -> Cluster;
+    set_service(SetServiceRequest) -> SetServiceResponse;
+    get_repairs(GetRepairsRequest) -> Repairs;
     remove_member(RemoveMemberRequest) -> Cluster;
     register_node(RegisterNodeRequest) -> Node;
     register_disk(RegisterDiskRequest) -> Disk;

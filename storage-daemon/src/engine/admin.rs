@@ -168,10 +168,11 @@ impl<S: ChunkStore> DiskEngine<S> {
         }
     }
 
-    pub(super) fn describe(&self, list: Vec<ReplicaInfo>) -> Vec<ReplicaStatus> {
+    pub(super) fn describe(&self, now: Time, list: Vec<ReplicaInfo>) -> Vec<ReplicaStatus> {
         list.into_iter()
             .map(|info| ReplicaStatus {
                 pull: self.pull_summary(info.volume),
+                pace: self.pull_pace(info.volume, now),
                 info,
             })
             .collect()

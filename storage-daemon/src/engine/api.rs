@@ -1,6 +1,8 @@
 //! What happens to the engine of one disk, and what it wants done: the interface to the thread (or the
 //! simulator) around it.
 
+use std::time::Duration;
+
 use ashlar_platform::disk::{DiskCommand, DiskCompletion};
 use ashlar_proto::ids::{Epoch, VolumeId};
 use ashlar_proto::layers::LayerList;
@@ -219,4 +221,17 @@ pub struct ReplicaStatus {
     pub info: ReplicaInfo,
     /// The last pulls since the process started, summed over the volume's groups.
     pub pull: Option<PullProgress>,
+    /// Of those that run.
+    pub pace: Option<PullPace>,
+}
+
+/// How far running pulls are, for an estimate of when they end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PullPace {
+    /// Since the longest began.
+    pub running: Duration,
+    /// Chunks of the groups' shares that are below what was compared, summed.
+    pub position: u64,
+    /// Groups that are pulled.
+    pub groups: u32,
 }

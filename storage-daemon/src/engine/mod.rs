@@ -31,7 +31,7 @@ use rustc_hash::FxHashMap;
 
 pub use self::api::{
     AdminReply, AdminRequest, BlockList, ConnectionId, EngineCommand, EngineEvent, EngineStatus,
-    PeerId, ReplicaStatus,
+    PeerId, PullPace, ReplicaStatus,
 };
 use self::fencing::Fencing;
 pub use self::pull::PullFailure;

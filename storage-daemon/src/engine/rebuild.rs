@@ -10,7 +10,7 @@ use ashlar_proto::ids::{Epoch, GroupIndex, VolumeId};
 use ashlar_proto::wire::{PullProgress, PullStart, PullState, Reply, Status};
 
 use super::pull::{Pull, PullCommand, PullOrder};
-use super::{ChunkStore, DiskEngine, EngineCommand, PeerId, Work};
+use super::{ChunkStore, DiskEngine, EngineCommand, PeerId, PullPace, Work};
 use crate::store::{StoreError, StoreReply, StoreRequest};
 
 /// Pulls under way on one disk; more are answered `Busy` (the holder tries again).
@@ -25,6 +25,7 @@ pub(super) struct PullSlot {
     number: u64,
     peer: Option<PeerId>,
     counted: bool,
+    began: Time,
 }
 
 impl PullSlot {
@@ -107,6 +108,7 @@ impl<S: ChunkStore> DiskEngine<S> {
             number: self.pull_next,
             peer: None,
             counted: false,
+            began: now,
         };
         self.pulls.insert(key, slot);
         self.run_pull(now, key, commands, out);
@@ -143,6 +145,22 @@ impl<S: ChunkStore> DiskEngine<S> {
                 chunks_total: a.chunks_total.saturating_add(b.chunks_total),
                 blocks_moved: a.blocks_moved.saturating_add(b.blocks_moved),
             })
+    }
+
+    /// The running pulls of a volume, together; `None` if there is none.
+    pub(super) fn pull_pace(&self, volume: VolumeId, now: Time) -> Option<PullPace> {
+        let range = (volume, GroupIndex(0))..=(volume, GroupIndex(u32::MAX));
+        let slots = self.pulls.range(range).map(|(_, slot)| slot);
+        let paces = slots.filter(|s| s.pull.running()).map(|s| PullPace {
+            running: now.since(s.began),
+            position: u64::from(s.pull.position().0),
+            groups: 1,
+        });
+        paces.reduce(|a, b| PullPace {
+            running: a.running.max(b.running),
+            position: a.position + b.position,
+            groups: a.groups + b.groups,
+        })
     }
 
     /// Ends the running pulls that a predicate names.

@@ -92,7 +92,9 @@ impl<S: ChunkStore> DiskEngine<S> {
             }
             Work::List { tag } => {
                 let reply = match result {
-                    Ok(StoreReply::Replicas(list)) => AdminReply::Replicas(self.describe(list)),
+                    Ok(StoreReply::Replicas(list)) => {
+                        AdminReply::Replicas(self.describe(now, list))
+                    }
                     Ok(_) => AdminReply::Refused(Status::Invalid),
                     Err(error) => AdminReply::Refused(status_of(&error)),
                 };

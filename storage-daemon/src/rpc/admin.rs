@@ -293,6 +293,7 @@ fn disk_info(report: &DiskReport) -> pb::DiskInfo {
 fn replica_info(disk: DiskId, replica: &ReplicaStatus) -> pb::ReplicaInfo {
     let info = &replica.info;
     let pull = replica.pull;
+    let pace = replica.pace;
     pb::ReplicaInfo {
         disk_id: disk.to_vec(),
         volume_id: info.volume.to_vec(),
@@ -309,5 +310,8 @@ fn replica_info(disk: DiskId, replica: &ReplicaStatus) -> pb::ReplicaInfo {
         rebuild_chunks_done: pull.map_or(0, |p| p.chunks_done),
         rebuild_chunks_total: pull.map_or(0, |p| p.chunks_total),
         rebuild_blocks_moved: pull.map_or(0, |p| p.blocks_moved),
+        rebuild_ms: pace.map_or(0, |p| p.running.as_millis() as u64),
+        rebuild_bytes_compared: pace.map_or(0, |p| p.position.saturating_mul(CHUNK_SIZE)),
+        rebuild_groups: pace.map_or(0, |p| p.groups),
     }
 }

@@ -61,7 +61,7 @@ impl Care {
         let mut named = BTreeMap::new();
         for order in orders.volumes {
             match VolumeId::from_slice(&order.volume_id) {
-                Some(id) => drop(named.insert(id, order.volume_name)),
+                Some(id) => drop(named.insert(id, (order.volume_name, order.first_open))),
                 None => {
                     tracing::warn!("the metadata cluster orders to hold a volume without naming it")
                 }
@@ -74,9 +74,9 @@ impl Care {
                 held.volume.close().await;
             }
         }
-        for (id, name) in named {
+        for (id, (name, first_open)) in named {
             if !self.held.contains_key(&id) {
-                self.open(id, name, now).await;
+                self.open(id, name, first_open, now).await;
             }
         }
         self.rest(now).await;
@@ -102,7 +102,7 @@ impl Care {
         });
     }
 
-    async fn open(&mut self, id: VolumeId, name: String, now: Instant) {
+    async fn open(&mut self, id: VolumeId, name: String, first_open: bool, now: Instant) {
         let Some(host) = self.host(now) else {
             return;
         };
@@ -113,6 +113,7 @@ impl Care {
         let spec = OpenSpec {
             node: self.node,
             care: true,
+            first_open,
             ..OpenSpec::new(id, name.clone(), Endpoint::Given)
         };
         let held = Held {

@@ -7,11 +7,11 @@
 //! - A layer list is given to the disk again until a heartbeat reports its revision.
 //! - A replica is dropped only if its fence is not above the epoch that the order names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ashlar_proto::ids::{DiskId, Epoch, SnapshotNumber, VolumeId};
+use ashlar_proto::ids::{DiskId, Epoch, PAGE_SIZE, SnapshotNumber, VolumeId};
 use ashlar_proto::layers::LayerList;
 use ashlar_proto::rpc::metadata::{
     DiskStatus, DropReplica, Flatten, HeartbeatRequest, RegisterDiskRequest, RegisterNodeRequest,
@@ -31,6 +31,9 @@ const INTERVAL_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Durati
 /// After a refusal that only an operator can end.
 const REFUSED_PAUSE: Duration = Duration::from_secs(5);
 
+/// A disk is nearly full from the second, and until it falls below the first.
+const NEARLY_FULL_PERCENTS: (u64, u64) = (80, 85);
+
 /// What was registered of a disk.
 #[derive(PartialEq, Eq)]
 struct Registered {
@@ -43,8 +46,10 @@ struct Registered {
 pub async fn run(daemon: Arc<Daemon>, care: Arc<Mutex<Care>>) {
     let mut node_known = false;
     let mut disks = BTreeMap::<DiskId, Registered>::new();
+    let mut nearly_full = BTreeSet::new();
     let mut interval = INTERVAL_DEFAULT;
     loop {
+        warn_nearly_full(&daemon.reports().await, &mut nearly_full);
         let outcome = round(&daemon, &care, &mut node_known, &mut disks).await;
         daemon.set_standing(standing(&daemon, &outcome, node_known).await);
         match outcome {
@@ -62,6 +67,24 @@ pub async fn run(daemon: Arc<Daemon>, care: Arc<Mutex<Care>>) {
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
             () = daemon.changed() => {}
+        }
+    }
+}
+
+/// Says of each disk once that it is nearly full, and again only after it was not.
+fn warn_nearly_full(reports: &[DiskReport], nearly_full: &mut BTreeSet<DiskId>) {
+    for report in reports {
+        let store = &report.status.store;
+        let used = store.used_bytes.saturating_mul(100);
+        let reaches = |percent| {
+            store.capacity_bytes > 0 && used >= store.capacity_bytes.saturating_mul(percent)
+        };
+        if !reaches(NEARLY_FULL_PERCENTS.0) {
+            nearly_full.remove(&report.disk);
+        } else if reaches(NEARLY_FULL_PERCENTS.1) && nearly_full.insert(report.disk) {
+            tracing::warn!(disk = %report.disk, path = %report.path.display(), used_bytes = store.used_bytes,
+                capacity_bytes = store.capacity_bytes,
+                "a disk is nearly full: add disks, delete volumes or snapshots, or trim; writes fail once it is full");
         }
     }
 }
@@ -199,6 +222,11 @@ async fn register_disk(daemon: &Daemon, report: &DiskReport) -> Result<(), Statu
 }
 
 fn disk_status(report: &DiskReport) -> DiskStatus {
+    let layers = &report.status.layers;
+    let used = |(volume, _): &(VolumeId, Epoch)| {
+        let found = layers.binary_search_by_key(volume, |l| l.volume);
+        found.map_or(0, |at| layers[at].pages * PAGE_SIZE as u64)
+    };
     DiskStatus {
         disk_id: report.disk.to_vec(),
         used_bytes: report.status.store.used_bytes,
@@ -212,10 +240,12 @@ fn disk_status(report: &DiskReport) -> DiskStatus {
             .iter()
             .map(|(volume, _)| volume.to_vec())
             .collect(),
+        volume_bytes: report.status.volumes.iter().map(used).collect(),
         layers: report
             .status
             .layers
             .iter()
+            .filter(|l| l.is_layered())
             .map(|l| ReplicaLayers {
                 volume_id: l.volume.to_vec(),
                 revision: l.revision,

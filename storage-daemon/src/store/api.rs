@@ -398,6 +398,15 @@ pub struct LayerProgress {
     pub inherits: bool,
     /// While it is being flattened: chunks that are not done.
     pub inherited_left: u64,
+    /// Pages in use.
+    pub pages: u64,
+}
+
+impl LayerProgress {
+    /// Whether metadata has to hear of it: it has a list, or something left to be merged.
+    pub fn is_layered(&self) -> bool {
+        self.revision > 0 || self.chunks_left > 0 || self.inherits
+    }
 }
 
 /// What a store knows of a replica.

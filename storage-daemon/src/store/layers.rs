@@ -157,7 +157,7 @@ impl Store {
         }
     }
 
-    /// The replicas with a list, or with something left to be merged.
+    /// Of every replica, in the order of volumes.
     pub(super) fn layer_progress(&self) -> Vec<LayerProgress> {
         let replicas = self.index.replicas.iter().flatten().map(|r| LayerProgress {
             volume: r.header.volume,
@@ -165,10 +165,9 @@ impl Store {
             chunks_left: r.garbage.len() as u64,
             inherits: r.base.is_some(),
             inherited_left: self.inherited_left(r),
+            pages: r.pages,
         });
-        let mut all: Vec<_> = replicas
-            .filter(|p| p.revision > 0 || p.chunks_left > 0 || p.inherits)
-            .collect();
+        let mut all: Vec<_> = replicas.collect();
         all.sort_by_key(|p| p.volume);
         all
     }

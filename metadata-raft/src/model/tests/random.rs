@@ -32,6 +32,7 @@ enum Step {
     Cut(u8),
     Flatten(u8),
     Care(u8),
+    Serve(bool, u8, u8),
     Revert(u8),
     EndRevert,
     Retry,
@@ -61,6 +62,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..4_u8).prop_map(Step::Cut),
         1 => (0..4_u8).prop_map(Step::Flatten),
         2 => (1..4_u8).prop_map(Step::Care),
+        1 => (any::<bool>(), 1..7_u8, 0..5_u8).prop_map(|(n, i, s)| Step::Serve(n, i, s)),
         1 => (0..6_u8).prop_map(Step::Revert),
         1 => Just(Step::EndRevert),
         2 => Just(Step::Retry),
@@ -88,6 +90,21 @@ fn operation(m: &Machine, step: &Step) -> Option<Operation> {
         Step::Care(n) => match publications::open_on(10 + *n, NodeId(id16(*n)), false) {
             Operation::OpenVolume(open) => Operation::OpenToCare(open),
             other => other,
+        },
+        Step::Serve(node, i, s) => Operation::SetService {
+            part: if *node {
+                Part::Node(NodeId(id16(*i)))
+            } else {
+                Part::Disk(disk_id(*i))
+            },
+            service: match s {
+                0 | 1 => Service::InUse,
+                2 => Service::Cordoned,
+                3 => Service::Draining { to: None },
+                _ => Service::Draining {
+                    to: Some(disk_id(*i % 6 + 1)),
+                },
+            },
         },
         Step::Clone(c, s) => {
             let source = m.state.snapshots().by_name(&format!("s{s}"))?;
@@ -271,5 +288,6 @@ proptest! {
         prop_assert_eq!(restored.disk_use, m.state.disk_use);
         prop_assert_eq!(restored.snapshots, m.state.snapshots);
         prop_assert_eq!(restored.children, m.state.children);
+        prop_assert_eq!(restored.services, m.state.services);
     }
 }

@@ -230,6 +230,11 @@ impl Pull {
         self.state == PullState::Running
     }
 
+    /// Every chunk below was compared.
+    pub fn position(&self) -> ChunkIndex {
+        self.position
+    }
+
     /// How far it is.
     pub fn progress(&self) -> PullProgress {
         let listed = self.source.buffered().max(self.target.buffered()) + self.tasks.len();

@@ -424,13 +424,13 @@ impl FakeStore {
             StoreRequest::LayerProgress => Ok(StoreReply::LayerProgress(
                 self.replicas
                     .values()
-                    .filter(|r| r.layers.revision > 0)
                     .map(|r| LayerProgress {
                         volume: r.volume,
                         revision: r.layers.revision,
                         chunks_left: r.garbage_left,
                         inherits: false,
                         inherited_left: 0,
+                        pages: r.pages,
                     })
                     .collect(),
             )),

@@ -58,13 +58,13 @@ impl Media {
                 Ok(StoreReply::Replicas(infos))
             }
             StoreRequest::LayerProgress => {
-                let with_list = self.current.values().filter(|r| r.info.layers.revision > 0);
-                let progress = with_list.map(|r| LayerProgress {
+                let progress = self.current.values().map(|r| LayerProgress {
                     volume: r.info.volume,
                     revision: r.info.layers.revision,
                     chunks_left: 0,
                     inherits: false,
                     inherited_left: 0,
+                    pages: r.info.pages,
                 });
                 Ok(StoreReply::LayerProgress(progress.collect()))
             }
