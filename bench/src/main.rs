@@ -1,6 +1,7 @@
 //! `ashlar-bench`: the demonstration (`demo`, behind `make demo`) and the measurements (`run`, behind
-//! `make bench`; `csi`: only its load on the CSI driver; `snapshots`: only snapshots and clones). All drive the real programs of the same build over their public interfaces: the
-//! `ashlar` command, `nbd-client`, and fio's nbd engine.
+//! `make bench`; `csi`: only its load on the CSI driver; `snapshots`: only snapshots and clones; `scale`: only the decisions of the
+//! metadata leader, of which there are no processes). All others drive the real programs of the same build over their public
+//! interfaces: the `ashlar` command, `nbd-client`, and fio's nbd engine.
 //!
 //! Invariants:
 //! - Nothing is reported that was not measured in this run; a bar that is missed is printed as missed.
@@ -15,6 +16,7 @@ mod fio;
 mod matrix;
 mod report;
 mod run;
+mod scale;
 mod series;
 mod snapshots;
 
@@ -41,6 +43,8 @@ enum Command {
     Csi(csi::CsiArgs),
     /// Only what snapshots and clones cost
     Snapshots(snapshots::SnapshotArgs),
+    /// Only what the metadata leader decides and keeps on a cluster of 1,000 nodes
+    Scale(scale::ScaleArgs),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Csi(args) => csi::run(&args),
         Command::Snapshots(args) => snapshots::run(&args),
+        Command::Scale(args) => scale::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

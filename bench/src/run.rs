@@ -20,7 +20,7 @@ use crate::fio::{self, Running, Target};
 use crate::matrix::{JOBS, Measurement, median};
 use crate::report::{self, Medians, Row, limit_row, speed_rows, table};
 use crate::series::{self, Phase};
-use crate::{chart, csi, snapshots};
+use crate::{chart, csi, scale, snapshots};
 
 const GIB: u64 = 1 << 30;
 const MIB: f64 = 1_048_576.0;
@@ -86,6 +86,8 @@ struct Results<'a> {
     csi: Option<&'a csi::Report>,
     /// Likewise what snapshots and clones cost.
     snapshots: Option<&'a snapshots::Report>,
+    /// What the metadata leader decides and keeps.
+    scale: &'a scale::Report,
 }
 
 /// Every round of every job of one target.
@@ -154,7 +156,9 @@ fn measure_all(args: &RunArgs, plan: Plan, out: &Path, work: &Path) -> Result<bo
         rows.extend(measured.rows());
         snapshot_report = Some(measured);
     }
-    let further = (csi_report.as_ref(), snapshot_report.as_ref());
+    let scale = scale::measure(scale::Size::of_bench(plan.quick))?;
+    rows.extend(scale.rows());
+    let further = (csi_report.as_ref(), snapshot_report.as_ref(), &scale);
     report(out, plan, &rows, &medians, &rounds, further)?;
     Ok(!args.strict || rows.iter().all(|r| r.passes))
 }
@@ -171,7 +175,11 @@ fn report(
     rows: &[Row],
     medians: &BTreeMap<&'static str, Medians>,
     rounds: &BTreeMap<&'static str, Rounds>,
-    (csi, snapshots): (Option<&csi::Report>, Option<&snapshots::Report>),
+    (csi, snapshots, scale): (
+        Option<&csi::Report>,
+        Option<&snapshots::Report>,
+        &scale::Report,
+    ),
 ) -> Result<()> {
     let results = Results {
         machine: machine::description(),
@@ -182,6 +190,7 @@ fn report(
         rounds,
         csi,
         snapshots,
+        scale,
     };
     let json = out.join("bench.json");
     std::fs::write(&json, serde_json::to_string_pretty(&results)?)?;
@@ -194,6 +203,7 @@ fn report(
     if let Some(snapshots) = snapshots {
         println!("{}", snapshots.table());
     }
+    println!("{}", scale.table());
     let short = rows.iter().filter(|r| !r.passes).count();
     if short > 0 {
         println!("{short} of {} rows fall short.", rows.len());
